@@ -1,0 +1,3 @@
+"""Sparse autoencoders on language models: train, browse, export."""
+
+__version__ = "0.1.0"
