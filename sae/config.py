@@ -1,0 +1,740 @@
+"""Every setting of a training run: its default, its range and its help text.
+
+YAML files and command-line flags are merged first and checked once, so both follow the same rules
+and all mistakes are reported together. The docstring below each field is its `--help` text.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from sae.errors import ConfigError, suggest
+
+# Types of settings
+
+Keys = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a setting accepts, in the words its error message uses."""
+
+    text: str
+
+
+def _number(value: object) -> object:
+    """Refuse true and false, which Python would count as 1 and 0."""
+    if isinstance(value, bool):
+        raise ValueError("not a number")
+    return value
+
+
+def _listed(value: object) -> object:
+    """A lone text stands for a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+_Int = Annotated[int, BeforeValidator(_number)]
+_Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+
+Count = Annotated[_Int, Field(ge=1), Wanted("a whole number of at least 1")]
+Context = Annotated[_Int, Field(ge=2), Wanted("a whole number of at least 2")]
+Seed = Annotated[_Int, Field(ge=0, lt=2**32), Wanted(f"a whole number from 0 to {2**32 - 1}")]
+Positive = Annotated[_Float, Field(gt=0), Wanted("a number above 0")]
+NotNegative = Annotated[_Float, Field(ge=0), Wanted("a number of at least 0")]
+Share = Annotated[_Float, Field(ge=0, le=1), Wanted("a share from 0 to 1")]
+Fraction = Annotated[_Float, Field(ge=0, lt=1), Wanted("a number from 0 to below 1")]
+Betas = Annotated[tuple[Fraction, Fraction], Wanted("two numbers, each from 0 to below 1")]
+Switch = Annotated[bool, Wanted("true or false")]
+Text = Annotated[str, Field(pattern=r"\S"), Wanted("text, in quotes where it looks like a number")]
+Device = Annotated[
+    str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$"), Wanted("auto, cpu, cuda or cuda:N")
+]
+Places = Annotated[
+    tuple[Text, ...],
+    BeforeValidator(_listed),
+    Field(min_length=1),
+    Wanted("a list of hookpoints, at least one and each once"),
+]
+
+# The settings
+
+
+class Settings(BaseModel):
+    """Base of every group of settings: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelConfig(Settings):
+    """The language model whose activations are read."""
+
+    name: Text = "builtin:"
+    """Language model: 'builtin:' (in the package), a Hugging Face name or a local folder."""
+    revision: Text | None = None
+    """Branch, tag or commit of a Hugging Face model; null takes its main branch."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of the language model; auto takes bfloat16 where the hardware has it."""
+
+
+class DataConfig(Settings):
+    """The text it reads."""
+
+    source: Text = "builtin:"
+    """Text: 'builtin:' (all built-in text), 'builtin:stdlib', 'builtin:facts', a Hugging Face
+    data set, or a file or folder of text, JSONL or Parquet."""
+    split: Text = "train"
+    """Split of a Hugging Face data set."""
+    column: Text = "text"
+    """Column of the data set that holds the text, or token ids if it is tokenised already."""
+    name: Text | None = None
+    """Configuration of a Hugging Face data set that has several, such as 'en'."""
+    streaming: Switch = False
+    """Read a Hugging Face data set over the network as training goes, without storing it."""
+    context: Context = 256
+    """Tokens per sequence given to the language model, 64 to 2048."""
+    heldout: Fraction = 0.05
+    """Share of the documents kept for evaluation and never trained on, 0.01 to 0.1."""
+    repeat: Switch = False
+    """Read the text again from the start if it ends before the token budget does."""
+    eval_tokens: Count = 100_000
+    """Held-out tokens the evaluation reads, 1e5 to 1e7."""
+
+
+class ReluL1Config(Settings):
+    """ReLU features under an L1 penalty weighted by decoder norms."""
+
+    kind: Literal["relu_l1"] = "relu_l1"
+    """ReLU features under an L1 penalty."""
+    l1: NotNegative = 5.0
+    """Weight of the L1 penalty on activations of mean norm √d_in, 1 to 10; higher is sparser."""
+    l1_warmup: Share = 0.05
+    """Share of the tokens over which the L1 penalty rises from 0, 0 to 0.2."""
+
+
+class TopKConfig(Settings):
+    """The k largest features of each token, no penalty."""
+
+    kind: Literal["topk"] = "topk"
+    """The k largest features of each token."""
+    k: Count = 16
+    """Features active per token, 8 to 128; lower is sparser."""
+    auxk: Count | None = None
+    """Dead features that rebuild the error left over, 128 to 4096; null takes d_in/2."""
+    auxk_coef: NotNegative = 1 / 32
+    """Weight of the dead features' loss, 0.01 to 0.1; 0 switches it off."""
+
+
+class SAEConfig(Settings):
+    """The sparse autoencoder."""
+
+    expansion_factor: Count = 8
+    """Features per input dimension, 4 to 64: d_sae = expansion_factor × d_in."""
+    d_sae: Count | None = None
+    """Number of features, 1e3 to 1e6; overrides expansion_factor."""
+    subtract_b_dec: Switch = True
+    """Subtract the decoder bias from the input before encoding."""
+    sparsity: ReluL1Config | TopKConfig = Field(default=ReluL1Config(), discriminator="kind")
+    """What keeps the features sparse: relu_l1 (an L1 penalty) or topk (the k largest)."""
+
+    @field_validator("sparsity", mode="before")
+    @classmethod
+    def _default_kind(cls, value: object) -> object:
+        if isinstance(value, Mapping) and "kind" not in value:
+            return {"kind": _DEFAULT_KIND, **value}
+        return value
+
+    @model_validator(mode="after")
+    def _fits(self) -> "SAEConfig":
+        for name in ("auxk", "k"):
+            amount = getattr(self.sparsity, name, None)
+            if self.d_sae is not None and amount is not None and amount > self.d_sae:
+                raise _clash(f"sparsity.{name}", amount, "at most {other}", "d_sae", self.d_sae)
+        return self
+
+    def width(self, d_in: int) -> int:
+        """Number of features d_sae for activations of width d_in."""
+        return self.d_sae if self.d_sae is not None else self.expansion_factor * d_in
+
+
+class OptimConfig(Settings):
+    """Adam, its schedule, and the pool that mixes the activations."""
+
+    lr: Positive = 1e-3
+    """Peak learning rate of Adam, 5e-5 to 1e-3."""
+    batch: Count = 2048
+    """Tokens per optimiser step, 1024 to 8192."""
+    betas: Betas = (0.9, 0.999)
+    """Adam's two decay rates, such as 0.9 0.999; 0 0.999 is common too."""
+    lr_warmup: Share = 0.02
+    """Share of the tokens over which the learning rate rises from 0, 0 to 0.1."""
+    lr_decay: Share = 0.2
+    """Share of the tokens, at the end, over which the learning rate falls to 0, 0 to 0.5."""
+    dead_after: Count = 150_000
+    """Tokens without firing after which a feature counts as dead, 1e5 to 1e7."""
+    pool: Count = 131_072
+    """Tokens whose activations are held in memory to be mixed, 1e5 to 1e6; far above batch."""
+    grad_clip: Positive | None = 1.0
+    """Largest norm of the gradient, 0.1 to 10; null leaves it unclipped."""
+    llm_batch: Count = 16
+    """Sequences the language model reads at a time, 4 to 128; lower needs less memory."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "OptimConfig":
+        if self.batch > self.pool:
+            raise _clash("batch", self.batch, "at most {other}", "pool", self.pool)
+        if self.lr_warmup + self.lr_decay > 1 + 1e-9:  # 1e-9: rounding of the sum
+            wanted = "a sum of at most 1 with {other}"
+            raise _clash("lr_warmup", self.lr_warmup, wanted, "lr_decay", self.lr_decay)
+        return self
+
+
+class WandbConfig(Settings):
+    """Weights & Biases, a mirror of metrics.jsonl."""
+
+    project: Text | None = None
+    """Weights & Biases project that gets a copy of the metrics; null sends nothing."""
+    mode: Literal["online", "offline"] = "online"
+    """Send the metrics at once (online) or keep them for `wandb sync` (offline)."""
+
+
+class TrainConfig(Settings):
+    """A whole training run."""
+
+    model: ModelConfig = ModelConfig()
+    """The language model."""
+    data: DataConfig = DataConfig()
+    """The text."""
+    hookpoints: Places = ("layers.2.mlp_act",)
+    """Where to read activations, such as layers.2.mlp_act or layers.*.mlp_out; one SAE each."""
+    sae: SAEConfig = SAEConfig()
+    """The sparse autoencoder."""
+    optim: OptimConfig = OptimConfig()
+    """The optimiser."""
+    tokens: Count = 1_500_000
+    """Tokens to train on, 1e6 to 1e9."""
+    seed: Seed = 0
+    """Seed of every random choice, 0 to 4294967295."""
+    device: Device = "auto"
+    """Where to compute: auto, cpu, cuda or cuda:N; auto takes a GPU where there is one."""
+    output: Text | None = None
+    """Folder of the run; null derives checkpoints/<name> from the settings."""
+    init_from: Text | None = None
+    """Folder of a run or SAE whose weights to start from; null starts afresh."""
+    wandb: WandbConfig = WandbConfig()
+    """Weights & Biases."""
+
+    @field_validator("hookpoints")
+    @classmethod
+    def _once_each(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError("given twice")
+        return value
+
+    @model_validator(mode="after")
+    def _fits(self) -> "TrainConfig":
+        if self.tokens < self.optim.batch:
+            wanted = "at least {other}"
+            raise _clash("tokens", self.tokens, wanted, "optim.batch", self.optim.batch)
+        return self
+
+
+_DEFAULT_KIND = "relu_l1"
+_KIND = "sae.sparsity.kind"
+
+
+def _clash(key: str, value: object, wanted: str, other: str, limit: object) -> PydanticCustomError:
+    """Two settings that do not fit each other; their keys are relative to the group that checks."""
+    context = {"key": key, "value": value, "wanted": wanted, "other": other, "limit": limit}
+    return PydanticCustomError("clash", "{key} does not fit {other}", context)
+
+
+# For the command line
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One setting as a command-line option: `--<name> <type>`."""
+
+    name: str
+    type: str
+    default: Any
+    help: str
+    many: bool = False
+
+
+def flags() -> list[Flag]:
+    """Every setting in order, those of all kinds of sparsity included, each name once."""
+    same_name: dict[str, list[_Leaf]] = {}
+    for leaf in _leaves(TrainConfig):
+        same_name.setdefault(leaf.name, []).append(leaf)
+    return [_flag(leaves) for leaves in same_name.values()]
+
+
+def _flag(leaves: list["_Leaf"]) -> Flag:
+    name, field, default, _ = leaves[0]
+    text = " ".join((field.description or "").split())
+    kinds = [leaf.kind for leaf in leaves if leaf.kind]
+    if kinds:
+        text += f" [{_KIND} {' or '.join(kinds)}]"
+    return Flag(name, _type_name(field), default, text, _many(field))
+
+
+def run_name(config: TrainConfig) -> str:
+    """Name of the run's folder: model, hookpoints, sparsity, width, then what sweeps often vary."""
+    model = config.model.name.rstrip(":/\\").replace("\\", "/").rsplit("/", 1)[-1]
+    places = config.hookpoints[0].replace("*", "all")
+    if len(config.hookpoints) > 1:
+        places += f"-and-{len(config.hookpoints) - 1}-more"
+    sparsity, sae = config.sae.sparsity, config.sae
+    width = f"x{sae.expansion_factor}" if sae.d_sae is None else f"d{sae.d_sae}"
+    parts = [model, places, sparsity.kind, width]
+    standard = TrainConfig()
+    for now, default, names in (
+        (sparsity, type(sparsity)(), ("l1", "k")),
+        (config.optim, standard.optim, ("lr",)),
+        (config, standard, ("tokens", "seed")),
+    ):
+        for name in names:
+            value = getattr(now, name, None)
+            if value != getattr(default, name, None):
+                parts.append(f"{name}_{value}")
+    return "-".join(_safe(part) for part in parts)
+
+
+def _safe(text: str) -> str:
+    """Only letters, digits, '.', '_' and '-', no leading dot or dash, at most 60 characters."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("._-")[:60] or "x"
+
+
+# Reading and writing
+
+
+def load(path: str | Path) -> TrainConfig:
+    """The config in a YAML file. Raises ConfigError naming every mistake."""
+    return resolve(path, {})
+
+
+def resolve(path: str | Path | None, overrides: Mapping[str, object]) -> TrainConfig:
+    """The config of a YAML file (or the defaults) under `overrides`, dotted keys as typed.
+
+    An override of `sae.sparsity.kind` drops the settings of the file's own kind.
+    Raises ConfigError naming every mistake of both.
+    """
+    data = _tidy({} if path is None else _read(Path(path)), TrainConfig)
+    leaves = {leaf.name: leaf.field for leaf in _leaves(TrainConfig)}
+    if _KIND in overrides:
+        _switch_kind(data, overrides[_KIND])
+    lines: list[str] = []
+    for key, value in overrides.items():
+        known = key in leaves
+        if not _put(data, key, _typed(value, leaves[key]) if known else value) and not known:
+            lines.append(f"{key}: unknown setting; nothing goes below {key.rpartition('.')[0]}")
+    return _validate(data, lines)
+
+
+def dump(config: TrainConfig) -> str:
+    """The config as YAML that loads back to an equal config."""
+    return yaml.dump(
+        config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True
+    )
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 scalars (3e-4 a number; no, off and 12:30 text), no key twice in a mapping."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        first: dict[str, yaml.ScalarNode] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in first:
+                line = first[key.value].start_mark.line + 1
+                problem = f"{key.value!r} is given twice, first on line {line}; keep one"
+                raise _DuplicateKey(None, None, problem, key.start_mark)
+            first[key.value] = key
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError) as error:  # such as !!int abc
+            raise yaml.MarkedYAMLError(None, None, str(error), node.start_mark) from None
+
+    def construct_int(self, node: yaml.ScalarNode) -> int:
+        return int(node.value.replace("_", ""))
+
+
+class _DuplicateKey(yaml.MarkedYAMLError):
+    """A key that one mapping holds twice; YAML itself would silently take the last."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that either YAML 1.1 or _Loader would read as something else."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        # PyYAML writes U+0085 unescaped in plain and single quoted text and reads it as a newline
+        return self.represent_scalar(_TAG + "str", data, None if data.isprintable() else '"')
+
+
+_Loader.yaml_implicit_resolvers = {}  # without the rules of YAML 1.1
+_TAG = "tag:yaml.org,2002:"
+_DIGITS = "[0-9][0-9_]{0,200}"
+for _name, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", rf"[-+]?{_DIGITS}", list("-+0123456789")),
+    (
+        "float",
+        rf"[-+]?(?:{_DIGITS}(?:\.[0-9_]*)?|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+    ("merge", "<<", ["<"]),
+):
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(_TAG + _name, re.compile(rf"^(?:{_pattern})$"), _first)
+_Loader.add_constructor(_TAG + "int", _Loader.construct_int)
+_Dumper.add_representer(str, _Dumper.represent_str)
+
+
+def _read(path: Path) -> dict[Any, Any]:
+    """The mapping in a YAML file; {} where the file holds nothing but comments."""
+    try:
+        data = yaml.load(path.read_bytes().decode("utf-8-sig"), _Loader)
+    except FileNotFoundError:
+        raise ConfigError(_missing(path)) from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a YAML file") from None
+    except UnicodeDecodeError as error:
+        where = error.object[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{path} line {where}: not UTF-8 text; save it as UTF-8") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(_syntax(path, error)) from None
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply; wanted settings such as seed: 1") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(
+            f"{path}: {_show(data)} came, wanted settings, one 'key: value' a line, such as seed: 1"
+        )
+    return data
+
+
+def _missing(path: Path) -> str:
+    folder = path.parent
+    if not folder.is_dir():
+        return f"{path}: there is no folder {folder}; check the path"
+    names = sorted(p.name for p in folder.iterdir() if p.suffix in (".yaml", ".yml"))
+    near = suggest(path.name, names)
+    if not near and names:
+        near = f"; {folder} has " + ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+    return f"{path}: no such file{near or '; check the path'}"
+
+
+def _syntax(path: Path, error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "not valid YAML"
+    where = f"{path} line {mark.line + 1}" if mark else str(path)
+    if isinstance(error, _DuplicateKey):
+        return f"{where}: {problem}"
+    hint = "indent with spaces and put text with : * # @ or & in quotes, such as 'builtin:'"
+    return f"{where}: not valid YAML ({' '.join(problem.split())}); {hint}"
+
+
+# Merging
+
+
+def _tidy(data: Mapping[Any, Any], model: type[BaseModel]) -> dict[str, Any]:
+    """A copy without empty groups (`optim:` with every line below it commented out)."""
+    tidy: dict[str, Any] = {}
+    for key, value in data.items():
+        key = str(key)
+        groups = _groups(model.model_fields[key]) if key in model.model_fields else {}
+        if groups and value is None:
+            continue
+        if groups and isinstance(value, Mapping):
+            value = _tidy(value, next(iter(groups.values())))
+        tidy[key] = value
+    return tidy
+
+
+def _switch_kind(data: dict[str, Any], kind: object) -> None:
+    """Drop from `data` the settings that belong to the kind of sparsity it had."""
+    sae = data.get("sae")
+    sparsity = sae.get("sparsity") if isinstance(sae, dict) else None
+    if not isinstance(sparsity, dict):
+        return
+    before = sparsity.get("kind", _DEFAULT_KIND)
+    kinds = _groups(SAEConfig.model_fields["sparsity"])
+    if isinstance(before, str) and before != kind and before in kinds:
+        for name in kinds[before].model_fields:
+            sparsity.pop(name, None)
+
+
+def _put(data: dict[str, Any], key: str, value: object) -> bool:
+    """Set a dotted key; False where something other than a group is in the way."""
+    *groups, last = key.split(".")
+    for group in groups:
+        data = data.setdefault(group, {})
+        if not isinstance(data, dict):
+            return False
+    data[last] = value
+    return True
+
+
+def _typed(value: object, field: FieldInfo) -> object:
+    """An override as typed on the command line, read by the rules of YAML.
+
+    Text stays as it is, so that `builtin:` and a commit of digits need no quotes.
+    """
+    if isinstance(value, list):
+        alone = value[0] if len(value) == 1 else None
+        if isinstance(alone, str) and alone.startswith("["):
+            return _parse(alone)
+        return [_typed(item, field) for item in value]
+    if not isinstance(value, str):
+        return value
+    if _type_name(field) in ("int", "float", "bool") or (_many(field) and value.startswith("[")):
+        return _parse(value)
+    return None if _optional(field) and value in ("null", "~") else value
+
+
+def _parse(text: str) -> object:
+    try:
+        value = yaml.load(text, _Loader)
+    except (yaml.YAMLError, RecursionError):
+        return text
+    return text if isinstance(value, dict) else value
+
+
+# Checking
+
+
+class _Mistake(NamedTuple):
+    """A line to show and the settings it is about: one, or two that do not fit each other."""
+
+    paths: tuple[Keys, ...]
+    line: str
+
+
+def _validate(data: dict[str, Any], lines: list[str]) -> TrainConfig:
+    """The config, or a ConfigError with one line a mistake, after the `lines` there are already.
+
+    pydantic compares two settings only once each is sound by itself. So what is wrong is taken
+    out and the rest checked again, leaving aside comparisons with anything taken out.
+    """
+    wrong: set[Keys] = set()
+    while True:
+        try:
+            config = TrainConfig.model_validate(data)
+            break
+        except ValidationError as error:
+            mistakes = [_mistake(detail, data) for detail in error.errors(include_url=False)]
+        for mistake in mistakes:
+            about_wrong = any(path[:n] in wrong for path in mistake.paths for n in range(1, 9))
+            if not about_wrong and mistake.line not in lines:
+                lines.append(mistake.line)
+        wrong.update(mistake.paths[0] for mistake in mistakes)
+        # of two settings that do not fit, one goes: the second only where the first is a default
+        if not [m for m in mistakes if any(_drop(data, path) for path in m.paths)]:
+            raise ConfigError("\n".join(lines))
+    if lines:
+        raise ConfigError("\n".join(lines))
+    return config
+
+
+def _mistake(error: ErrorDetails, data: Mapping[Any, Any]) -> _Mistake:
+    """One of pydantic's errors in plain words, and the settings it is about."""
+    place = _locate(error["loc"])
+    if error["type"] == "clash":
+        return _clashing(place.path, error.get("ctx", {}))
+    key = ".".join(place.path)
+    if place.field is None:
+        shown = key if key.isprintable() else _show(key)
+        return _Mistake((place.path,), f"{shown}: unknown setting{_advice(place)}")
+    value = _dig(data, place.path)
+    groups = _groups(place.field)
+    if error["type"] == "union_tag_invalid":
+        key, value, groups = f"{key}.kind", _dig(data, (*place.path, "kind")), {}
+    wanted = _below(groups) if groups else _wanted(place.field)
+    near = suggest(value, _choices(place.field)) if isinstance(value, str) and not groups else ""
+    return _Mistake((place.path,), f"{key}: {_show(value)} came, wanted {wanted}{near}")
+
+
+def _below(groups: Mapping[str, type[BaseModel]]) -> str:
+    names = [name for model in groups.values() for name in model.model_fields]
+    return "settings below it: " + ", ".join(dict.fromkeys(names))
+
+
+def _clashing(group: Keys, ctx: Mapping[str, Any]) -> _Mistake:
+    paths = tuple((*group, *ctx[name].split(".")) for name in ("key", "other"))
+    first, second = (".".join(path) for path in paths)
+    wanted = ctx["wanted"].format(other=f"{second} ({ctx['limit']})")
+    return _Mistake(paths, f"{first}: {_show(ctx['value'])} came, wanted {wanted}; change either")
+
+
+class _Place(NamedTuple):
+    path: Keys
+    owner: type[BaseModel]
+    field: FieldInfo | None
+
+
+def _locate(loc: tuple[int | str, ...]) -> _Place:
+    """The setting a pydantic location is about: no names of variants, no positions in lists."""
+    owner, field, path = TrainConfig, None, ()
+    inside: type[BaseModel] | None = TrainConfig
+    groups: Mapping[str, type[BaseModel]] = {}
+    for part in map(str, loc):
+        if inside is None:
+            if part not in groups:
+                break
+            inside = groups[part]
+            continue
+        owner, field, path = inside, inside.model_fields.get(part), (*path, part)
+        groups = _groups(field) if field else {}
+        inside = groups.get("")
+    return _Place(path, owner, field)
+
+
+def _advice(place: _Place) -> str:
+    """What to write instead of an unknown setting."""
+    *parents, name = place.path
+    known = {leaf.name for leaf in _leaves(TrainConfig)}
+    if name in known and "." in name:
+        group, _, last = name.rpartition(".")
+        return f"; in a file write `{last}:` indented below `{group.replace('.', ': ')}:`"
+    own = place.owner.model_fields
+    for kind, model in _groups(SAEConfig.model_fields["sparsity"]).items():
+        if "kind" in own and name in model.model_fields:
+            return f"; it belongs to {_KIND}: {kind}"
+    elsewhere = sorted(full for full in known if full.rpartition(".")[2] == name)
+    if elsewhere:
+        return f"; did you mean {' or '.join(map(repr, elsewhere))}?"
+    siblings = {short: ".".join([*parents, short]) for short in own}
+    for options in (siblings, {full.rpartition(".")[2]: full for full in sorted(known)}):
+        if near := get_close_matches(name, options, n=1):
+            return f"; did you mean {options[near[0]]!r}?"
+    return f"; {'.'.join(parents) or 'a config'} has {', '.join(own)}"
+
+
+def _dig(data: Any, path: Keys) -> Any:
+    for part in path:
+        data = data.get(part) if isinstance(data, Mapping) else None
+    return data
+
+
+def _drop(data: dict[Any, Any], path: Keys) -> bool:
+    """Take a setting out; False where it is not there."""
+    group = _dig(data, path[:-1])
+    if not path or not isinstance(group, dict) or path[-1] not in group:
+        return False
+    del group[path[-1]]
+    return True
+
+
+def _show(value: object) -> str:
+    """A value as one writes it in YAML, on one line, at most 60 characters."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except (ValueError, TypeError, RecursionError):
+        text = repr(value)
+    text = text if text.isprintable() else ascii(text)[1:-1]
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# Reading the types
+
+
+class _Leaf(NamedTuple):
+    name: str
+    field: FieldInfo
+    default: Any
+    kind: str | None
+
+
+def _leaves(model: type[BaseModel], prefix: str = "", kind: str | None = None) -> Iterator[_Leaf]:
+    """Every single setting of a group and the groups below it, variants one after the other."""
+    for name, field in model.model_fields.items():
+        groups = _groups(field)
+        if "" in groups:
+            yield from _leaves(groups[""], f"{prefix}{name}.")
+        elif groups:
+            yield _Leaf(f"{prefix}{name}.kind", field, _DEFAULT_KIND, None)
+            for variant, group in groups.items():
+                yield from _leaves(group, f"{prefix}{name}.", variant)
+        elif not (kind and name == "kind"):
+            yield _Leaf(prefix + name, field, field.default, kind)
+
+
+def _groups(field: FieldInfo) -> dict[str, type[BaseModel]]:
+    """The models a field may hold, by kind; {"": model} where there is no choice, {} if none."""
+    options = get_args(field.annotation) or (field.annotation,)
+    models = [m for m in options if isinstance(m, type) and issubclass(m, BaseModel)]
+    choice = field.discriminator is not None
+    return {m.model_fields["kind"].default if choice else "": m for m in models}
+
+
+def _types(field: FieldInfo) -> tuple[list[Any], list[Any]]:
+    """The bare types a field accepts (None apart) and the notes made on them by Annotated."""
+    union = get_origin(field.annotation) in (Union, UnionType)
+    bare, notes = [], list(field.metadata)
+    for option in get_args(field.annotation) if union else (field.annotation,):
+        if get_origin(option) is Annotated:
+            option, *more = get_args(option)
+            notes += more
+        bare.append(option)
+    return bare, notes
+
+
+def _optional(field: FieldInfo) -> bool:
+    return NoneType in _types(field)[0]
+
+
+def _many(field: FieldInfo) -> bool:
+    return get_origin(field.annotation) is tuple
+
+
+def _choices(field: FieldInfo) -> list[str]:
+    """The names a setting chooses from, [] where it is not a choice."""
+    groups = _groups(field)
+    if groups:
+        return [name for name in groups if name]
+    return [str(v) for t in _types(field)[0] if get_origin(t) is Literal for v in get_args(t)]
+
+
+def _type_name(field: FieldInfo) -> str:
+    """int, float, bool, text or the choices, such as auto|float32|bfloat16."""
+    bare = _types(field)[0][0]
+    if _many(field):
+        bare = get_args(field.annotation)[0]
+        bare = get_args(bare)[0] if get_origin(bare) is Annotated else bare
+    names = {int: "int", float: "float", bool: "bool", str: "text"}
+    return "|".join(_choices(field)) or names[bare]
+
+
+def _wanted(field: FieldInfo) -> str:
+    """What a setting accepts, in words."""
+    words = [note.text for note in _types(field)[1] if isinstance(note, Wanted)]
+    text = "one of " + ", ".join(_choices(field)) if _choices(field) else words[-1]
+    return f"{text}, or null" if _optional(field) else text
