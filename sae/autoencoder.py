@@ -1,0 +1,339 @@
+"""The sparse autoencoder: four tensors and a sparsity.
+
+acts = sparsity((x − b_dec) @ W_enc + b_enc)        recon = acts @ W_dec + b_dec
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+
+from sae.errors import ConfigError, FormatError, RunError, suggest
+from sae.sparsity import Sparsity, make_sparsity
+from sae.store import WEIGHTS, Run, write_atomic
+
+FORMAT = 1
+CONFIG = "cfg.yaml"
+DECODER_NORM = 0.1
+_KEYS = ("format", "d_in", "d_sae", "d_out", "subtract_b_dec", "sparsity", "dtype", "metadata")
+_DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16)}
+
+
+class Output(NamedTuple):
+    """What one forward pass gives."""
+
+    pre: Float[Tensor, "*batch d_sae"]
+    acts: Float[Tensor, "*batch d_sae"]
+    recon: Float[Tensor, "*batch d_out"]
+
+
+class SparseAutoencoder(nn.Module):
+    """An autoencoder (or, with another `d_out`, a map) through `d_sae` sparse features.
+
+    `subtract_b_dec`: whether the input is centred by b_dec first, which needs d_out == d_in.
+    Raises ConfigError where the settings do not fit together.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        sparsity: Sparsity,
+        d_out: int | None = None,
+        subtract_b_dec: bool = True,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        d_out = d_in if d_out is None else d_out
+        if subtract_b_dec and d_out != d_in:
+            raise ConfigError(
+                f"subtract_b_dec: b_dec [{d_out}] cannot centre inputs of width {d_in}; set it to "
+                "false where the output is not the input"
+            )
+        sparsity.check(d_sae)
+        self.sparsity = sparsity
+        self.subtract_b_dec = subtract_b_dec
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.W_enc = parameter(d_in, d_sae)
+        self.b_enc = parameter(d_sae)
+        self.W_dec = parameter(d_sae, d_out)
+        self.b_dec = parameter(d_out)
+        if not self.W_dec.is_meta:
+            self.initialise()
+
+    @torch.no_grad()
+    def initialise(
+        self, b_dec: Float[Tensor, " d_out"] | None = None, generator: torch.Generator | None = None
+    ) -> None:
+        """Decoder rows of random direction and norm 0.1, W_enc their transpose, biases 0.
+
+        `b_dec`: the mean of the data. Without a CPU `generator` the weights are those of seed 0.
+        Where d_out ≠ d_in the encoder gets directions of its own.
+        """
+        generator = torch.Generator().manual_seed(0) if generator is None else generator
+        self.W_dec.copy_(_directions(self.d_sae, self.d_out, generator))
+        if self.d_in == self.d_out:
+            self.W_enc.copy_(self.W_dec.T)
+        else:
+            self.W_enc.copy_(_directions(self.d_sae, self.d_in, generator).T)
+        self.b_enc.zero_()
+        self.b_dec.zero_() if b_dec is None else self.b_dec.copy_(b_dec)
+
+    @property
+    def d_in(self) -> int:
+        """Width of the input."""
+        return self.W_enc.shape[0]
+
+    @property
+    def d_sae(self) -> int:
+        """Number of features."""
+        return self.W_enc.shape[1]
+
+    @property
+    def d_out(self) -> int:
+        """Width of the reconstruction."""
+        return self.W_dec.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.W_dec.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are."""
+        return self.W_dec.dtype
+
+    @property
+    def decoder_norms(self) -> Float[Tensor, " d_sae"]:
+        """‖W_dec[i]‖ of every feature."""
+        return torch.linalg.vector_norm(self.W_dec, dim=-1)
+
+    def pre(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """(x − b_dec) @ W_enc + b_enc, or without −b_dec, in the dtype of the weights."""
+        if x.shape[-1] != self.d_in:
+            raise ValueError(f"expected activations of width {self.d_in}, got {list(x.shape)}")
+        x = x.to(self.dtype)
+        centred = x - self.b_dec if self.subtract_b_dec else x
+        return centred @ self.W_enc + self.b_enc
+
+    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """Feature activations, all ≥ 0 and most of them 0."""
+        return self.sparsity(self.pre(x))
+
+    def decode(self, acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_out"]:
+        """acts @ W_dec + b_dec."""
+        return acts @ self.W_dec + self.b_dec
+
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Output:
+        """Pre-activations, activations and reconstruction."""
+        pre = self.pre(x)
+        acts = self.sparsity(pre)
+        return Output(pre, acts, self.decode(acts))
+
+    def folded(self, scale: float) -> "SparseAutoencoder":
+        """A copy for raw inputs of an autoencoder trained on x = raw · `scale`.
+
+        raw in, raw out, and the activations stay as they were: W_enc · scale, b_dec / scale,
+        W_dec / scale, b_enc. Raises ValueError where the scale is not a positive number.
+        """
+        if not 0 < scale < float("inf"):
+            raise ValueError(f"expected a positive scale, got {scale}")
+        copy = self._like(device="meta")
+        tensors = {
+            "W_enc": self.W_enc * scale,
+            "b_enc": self.b_enc.clone(),
+            "W_dec": self.W_dec / scale,
+            "b_dec": self.b_dec / scale,
+        }
+        copy.load_state_dict({n: t.detach() for n, t in tensors.items()}, assign=True)
+        return copy
+
+    def unfolded(self, scale: float) -> "SparseAutoencoder":
+        """The inverse of `folded(scale)`, up to rounding."""
+        if not 0 < scale < float("inf"):
+            raise ValueError(f"expected a positive scale, got {scale}")
+        return self.folded(1 / scale)
+
+    def _like(self, device: str) -> "SparseAutoencoder":
+        sparsity = make_sparsity(self.sparsity.kind, **self.sparsity.config())
+        return SparseAutoencoder(
+            self.d_in,
+            self.d_sae,
+            sparsity,
+            self.d_out,
+            self.subtract_b_dec,
+            device=device,
+            dtype=self.dtype,
+        )
+
+    def config(self) -> dict[str, Any]:
+        """What cfg.yaml holds, without the metadata."""
+        return {
+            "format": FORMAT,
+            "d_in": self.d_in,
+            "d_sae": self.d_sae,
+            "d_out": self.d_out,
+            "subtract_b_dec": self.subtract_b_dec,
+            "sparsity": {"kind": self.sparsity.kind, **self.sparsity.config()},
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+    def save_pretrained(
+        self, folder: str | Path, metadata: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write sae.safetensors and cfg.yaml; `metadata` is plain data kept beside the weights."""
+        folder = Path(folder)
+        text = yaml.safe_dump(
+            self.config() | {"metadata": dict(metadata or {})}, sort_keys=False, allow_unicode=True
+        )
+        tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / CONFIG, text)
+        write_atomic(folder / WEIGHTS, to_safetensors(tensors))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        sae: str | None = None,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> "SparseAutoencoder":
+        """Read the folder of an SAE, or of a run, where `sae` chooses one if there are several.
+
+        `dtype`: as stored where None. Raises RunError where there is no such folder or SAE, and
+        FormatError where files or tensors are missing, unknown or of the wrong shape.
+        """
+        folder = locate(path, sae)
+        config = read_config(folder)
+        stored = _DTYPES[config["dtype"]]
+        model = cls(
+            config["d_in"],
+            config["d_sae"],
+            make_sparsity(**config["sparsity"]),
+            config["d_out"],
+            config["subtract_b_dec"],
+            device="meta",
+            dtype=stored,
+        )
+        model.load_state_dict(_read_tensors(folder / WEIGHTS, model), assign=True)
+        return model.to(device=device, dtype=dtype or stored)
+
+
+def locate(path: str | Path, sae: str | None = None) -> Path:
+    """The folder that holds sae.safetensors: `path` itself, or the SAE `sae` of the run there.
+
+    Raises RunError where there is no such folder, run or SAE.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise RunError(f"{folder}: no such folder; give an SAE's folder or a run's")
+    if (folder / "saes").is_dir():
+        return Run(folder).sae(sae)
+    if not any((folder / name).exists() for name in (WEIGHTS, CONFIG)):
+        raise FormatError(
+            f"{folder} holds no SAE: expected {WEIGHTS} and {CONFIG}, or a run with saes/"
+        )
+    return folder
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The checked content of an SAE folder's cfg.yaml; raises FormatError."""
+    file = Path(folder) / CONFIG
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FormatError(f"{folder}: {CONFIG} is missing; copy it along with {WEIGHTS}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        summary = " ".join(str(error).split())[:120]
+        raise FormatError(f"{file} cannot be read: {summary}") from None
+    if not isinstance(config, dict):
+        raise FormatError(f"{file}: expected keys {', '.join(_KEYS)}, got {type(config).__name__}")
+    try:
+        _check_config(config)
+    except ConfigError as error:
+        raise FormatError(f"{file}: {error}") from None
+    return config
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    """Raise ConfigError on what this version cannot build."""
+    number = config.get("format")
+    if number != FORMAT:
+        raise ConfigError(f"format {number!r}: this version reads {FORMAT}; update sae-toolkit")
+    for key in config:
+        if key not in _KEYS:
+            raise ConfigError(f"unknown key {key!r}{suggest(str(key), _KEYS)}")
+    if missing := [key for key in _KEYS if key not in config and key != "metadata"]:
+        raise ConfigError(f"missing {', '.join(missing)}")
+    for key in ("d_in", "d_sae", "d_out"):
+        if type(config[key]) is not int or config[key] < 1:
+            raise ConfigError(f"{key} {config[key]!r}: expected a positive whole number")
+    if type(config["subtract_b_dec"]) is not bool:
+        raise ConfigError(f"subtract_b_dec {config['subtract_b_dec']!r}: expected true or false")
+    if not isinstance(config["dtype"], str) or config["dtype"] not in _DTYPES:
+        raise ConfigError(f"dtype {config['dtype']!r}: expected one of {', '.join(_DTYPES)}")
+    _check_sparsity(config)
+
+
+def _check_sparsity(config: dict[str, Any]) -> None:
+    settings = config["sparsity"]
+    if not isinstance(settings, dict) or not isinstance(settings.get("kind"), str):
+        raise ConfigError(f"sparsity {settings!r}: expected its kind and settings")
+    if not all(isinstance(key, str) for key in settings):
+        raise ConfigError(f"sparsity {settings!r}: expected names as keys")
+    for key, value in settings.items():
+        if key != "kind" and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ConfigError(f"sparsity.{key} {value!r}: expected a number")
+    make_sparsity(**settings).check(config["d_sae"])
+    if config["subtract_b_dec"] and config["d_in"] != config["d_out"]:
+        raise ConfigError("subtract_b_dec true: needs d_out equal to d_in")
+
+
+def _read_tensors(file: Path, model: SparseAutoencoder) -> dict[str, Tensor]:
+    """The tensors of `file`, exactly those of `model` by name, shape and type, or FormatError."""
+    if not file.is_file():
+        raise FormatError(f"{file.parent}: {WEIGHTS} is missing; copy it along with {CONFIG}")
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise FormatError(f"{file} is damaged or no safetensors file: {error}") from None
+    expected = model.state_dict()
+    wrong = [f"missing {name}" for name in expected if name not in tensors]
+    wrong += [
+        f"unknown {name}{suggest(name, expected)}" for name in tensors if name not in expected
+    ]
+    for name in expected.keys() & tensors.keys():
+        want, got = expected[name], tensors[name]
+        if (want.shape, want.dtype) != (got.shape, got.dtype):
+            wrong.append(f"{name} is {_describe(got)}, expected {_describe(want)}")
+    if wrong:
+        raise FormatError(
+            f"{file} does not fit its {CONFIG}: {', '.join(sorted(wrong))}.\n"
+            "Take both files from one save; files of other tools need: sae import"
+        )
+    return tensors
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _directions(n: int, d: int, generator: torch.Generator) -> Float[Tensor, "n d"]:
+    """`n` random rows of norm 0.1, drawn on the CPU so that every device gets the same."""
+    rows = torch.randn(n, d, generator=generator)
+    return DECODER_NORM * rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
