@@ -1,0 +1,248 @@
+"""A folder on disk: atomic writes, hashes, the manifest, and where things lie in a run.
+
+A folder becomes visible only once it is complete: it is filled beside its place, its manifest is
+written last, everything reaches the disk (fsync), and one rename puts it where it belongs.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sae import __version__
+from sae.errors import RunError, suggest
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+WEIGHTS = "sae.safetensors"
+_OWN_KEYS = frozenset({"format", "versions", "files"})
+_VERSIONS_OF = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "pyarrow")
+
+
+def sha256(path: str | Path) -> str:
+    """The SHA-256 of a file's bytes, in hex."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync(path: Path) -> None:
+    """Hold until the file or folder at `path` is on the disk itself."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: str | Path, data: str | bytes) -> None:
+    """Write a file so that a reader, or a crash, finds the old content or the new, never half."""
+    path = Path(path)
+    content = data.encode() if isinstance(data, str) else data
+    temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
+    try:
+        temporary.write_bytes(content)
+        fsync(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync(path.parent)
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """Write JSON atomically; raises ValueError on NaN and infinities, which JSON does not have."""
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def staged(
+    path: str | Path, *, extra: Mapping[str, Any] | None = None, overwrite: bool = False
+) -> Iterator[Path]:
+    """Fill a new folder that appears at `path`, with its manifest, when the block ends well.
+
+    `extra` joins the manifest and may still be filled inside the block. If the block raises,
+    nothing changes at `path`. Raises RunError where something is there and `overwrite` is False.
+    """
+    path = Path(path).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _restore(path)
+    _refuse_existing(path, overwrite)
+    folder = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
+    folder.mkdir()
+    try:
+        yield folder
+        write_manifest(folder, extra)
+        _publish(folder, path, overwrite)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def write_manifest(folder: Path, extra: Mapping[str, Any] | None = None) -> None:
+    """Write manifest.json over every file of `folder`, all of them on the disk before it is."""
+    extra = dict(extra or {})
+    if taken := _OWN_KEYS & extra.keys():
+        raise ValueError(f"manifest keys {sorted(taken)} are the manifest's own")
+    files = {}
+    for file in covered_files(folder):
+        fsync(file)
+        name = file.relative_to(folder).as_posix()
+        files[name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    for inner in sorted(p for p in folder.rglob("*") if p.is_dir()):
+        fsync(inner)
+    manifest = {"format": FORMAT, "versions": versions(), **extra, "files": files}
+    write_json(folder / MANIFEST, manifest)
+
+
+def covered_files(folder: Path) -> list[Path]:
+    """The files a manifest of `folder` covers: all but those under a manifest of their own."""
+    found = []
+    for entry in sorted(folder.iterdir()):
+        if entry.is_dir() and not (entry / MANIFEST).exists():
+            found += covered_files(entry)
+        elif entry.is_file() and entry.name != MANIFEST:
+            found.append(entry)
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package, Python and the libraries that shape a result."""
+    found = {"sae": __version__, "python": platform.python_version()}
+    for name in _VERSIONS_OF:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def read_manifest(path: str | Path) -> dict[str, Any]:
+    """The manifest of a folder; raises RunError where it is missing, broken or too new."""
+    file = Path(path) / MANIFEST
+    try:
+        manifest = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise RunError(f"{path} is not complete: it has no {MANIFEST}") from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{file} cannot be read: {error}") from None
+    number = manifest.get("format") if isinstance(manifest, dict) else None
+    if not isinstance(number, int) or number > FORMAT:
+        raise RunError(
+            f"{file}: format {number!r} is not known to sae {__version__}, which reads up to "
+            f"{FORMAT}; install a newer sae-toolkit"
+        )
+    return manifest
+
+
+def folder_name(hookpoint: str) -> str:
+    """The folder of a hookpoint's SAE under saes/: its name with ':' and '/' replaced by '_'."""
+    return hookpoint.replace(":", "_").replace("/", "_")
+
+
+class Run:
+    """A run's folder: which files it has and where; raises RunError where `path` holds no run."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise RunError(f"{path} is not a run: no such folder; runs live under checkpoints/")
+        if not self.config_path.is_file():
+            raise RunError(
+                f"{path} is not a run: it has no config.yaml; runs live under checkpoints/"
+            )
+
+    @property
+    def config_path(self) -> Path:
+        """The resolved settings."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics_path(self) -> Path:
+        """One JSON line per logged step."""
+        return self.path / "metrics.jsonl"
+
+    def saes(self) -> dict[str, Path]:
+        """The folder of every SAE of the run, by name."""
+        return {file.parent.name: file.parent for file in sorted(self._saes_with_weights())}
+
+    def sae(self, name: str | None = None) -> Path:
+        """The folder of one SAE, by name or hookpoint; without a name the run must hold just one.
+
+        Raises RunError naming those there are.
+        """
+        found = self.saes()
+        if not found:
+            raise RunError(f"{self.path} holds no SAE: training has not finished a first save")
+        if name is None:
+            if len(found) > 1:
+                raise RunError(
+                    f"{self.path} holds {len(found)} SAEs, choose one with --sae: "
+                    + ", ".join(found)
+                )
+            return next(iter(found.values()))
+        folder = found.get(folder_name(name))
+        if folder is None:
+            hint = suggest(name, found)
+            raise RunError(f"{self.path} has no SAE {name!r}{hint}; it has {', '.join(found)}")
+        return folder
+
+    def features(self, name: str | None = None) -> Path:
+        """The folder of an SAE's feature dictionary; see `features_folder` for what raises."""
+        return features_folder(self.sae(name))
+
+    def _saes_with_weights(self) -> Iterator[Path]:
+        files = (self.path / "saes").glob(f"*/{WEIGHTS}")
+        return (file for file in files if not file.parent.name.startswith("."))  # half-written
+
+
+def features_folder(sae_folder: str | Path) -> Path:
+    """features/ of an SAE folder; RunError where there is none, or it is of other weights."""
+    sae_folder = Path(sae_folder)
+    folder = sae_folder / "features"
+    if not folder.is_dir():
+        raise RunError(
+            f"{sae_folder} has no feature dictionary yet; make it with: sae features RUN"
+        )
+    made_from = read_manifest(folder).get("sae_sha256")
+    if made_from != sha256(sae_folder / WEIGHTS):
+        raise RunError(
+            f"{folder} was made from other weights than {sae_folder / WEIGHTS} holds now; "
+            "make it again with: sae features RUN"
+        )
+    return folder
+
+
+def _refuse_existing(path: Path, overwrite: bool) -> None:
+    """An empty folder may be filled, a folder be replaced on request; anything else stays."""
+    if path.is_dir():
+        if not overwrite and any(path.iterdir()):
+            raise RunError(f"{path} already exists; choose another place or remove it first")
+    elif path.exists() or path.is_symlink():
+        raise RunError(f"{path} already exists and is not a folder; choose another place")
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.replaced")
+
+
+def _restore(path: Path) -> None:
+    """Put back a folder that a crash left set aside between the two renames of `_publish`."""
+    if _aside(path).exists() and not path.exists():
+        _aside(path).rename(path)
+
+
+def _publish(folder: Path, path: Path, overwrite: bool) -> None:
+    """Rename `folder` to `path`; a folder in the way is set aside first and deleted after."""
+    _refuse_existing(path, overwrite)
+    aside = _aside(path)
+    if path.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+    folder.rename(path)
+    fsync(path.parent)
+    shutil.rmtree(aside, ignore_errors=True)
