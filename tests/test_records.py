@@ -1,0 +1,151 @@
+"""What is read is what was written, selections are checked, and reading needs neither torch nor a
+tokenizer."""
+
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from planted import CONTEXT, D_SAE, DEAD, Planted, planted
+
+from sae import records
+from sae.errors import RunError
+from sae.records import Example, FeatureDictionary, FeatureRecord, parse_features
+from sae.text import TokenPieces
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Planted:
+    return planted(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def dictionary(made: Planted) -> FeatureDictionary:
+    return FeatureDictionary(made.folder / "features")
+
+
+def test_records_have_exactly_the_columns_of_the_tables() -> None:
+    assert [f.name for f in fields(FeatureRecord)] == records.FEATURES_SCHEMA.names
+    assert [f.name for f in fields(Example)] == records.EXAMPLES_SCHEMA.names
+
+
+def test_rows_come_back_as_records(dictionary: FeatureDictionary) -> None:
+    assert len(dictionary) == D_SAE
+    rows = dictionary.table().to_pylist()
+    found = dictionary.records([30, 3])
+    assert [record.feature for record in found] == [30, 3]
+    assert found[0].writes is not None and rows[30]["writes"] is not None
+    assert [vars(token) for token in found[0].writes] == rows[30]["writes"]
+    dead = dictionary.records([DEAD])[0]
+    assert (dead.n_fired, dead.max, dead.mean, dead.histogram) == (0, 0.0, None, None)
+    assert dead.intervals == [] and dictionary.examples([DEAD]) == []
+
+
+def test_intervals_are_sums_of_histogram_bins(dictionary: FeatureDictionary) -> None:
+    record = dictionary.records([30])[0]
+    assert sum(count for _, _, count in record.intervals) == record.n_fired
+    assert record.intervals[0][1] == record.max and record.intervals[-1][0] == 0
+    edges = [high for _, high, _ in record.intervals]
+    assert edges == sorted(edges, reverse=True) and len(edges) == records.INTERVALS
+
+
+def test_a_context_is_the_row_of_tokens(made: Planted, dictionary: FeatureDictionary) -> None:
+    pieces = TokenPieces(made.tokenizer)
+    for example in dictionary.examples([30, 20]):
+        context = dictionary.context(example)
+        assert context.pieces == pieces.pieces(made.rows.tokens[example.row].tolist())
+        assert len(context.acts) == CONTEXT and context.acts[context.peak] == example.peak
+        assert np.count_nonzero(context.acts) == len(example.indices)
+        part = context.window(3, 2)
+        assert part.pieces[part.peak] == example.token
+        assert part.pieces == context.pieces[max(0, context.peak - 3) : context.peak + 3]
+
+
+def test_ranking_puts_features_that_never_fire_last(dictionary: FeatureDictionary) -> None:
+    table = dictionary.table().to_pydict()
+    for sort in records.SORTS:
+        order = dictionary.ranked(sort)
+        assert sorted(order) == list(range(D_SAE))
+        alive = [f for f in order if table["n_fired"][f]]
+        assert order[: len(alive)] == alive
+        values = [table[sort][f] for f in alive]
+        assert values == sorted(values, reverse=sort != "feature")
+    with pytest.raises(RunError, match="choose one of feature, density"):
+        dictionary.ranked("colour")
+
+
+def test_search_looks_into_tokens(dictionary: FeatureDictionary) -> None:
+    found = dictionary.ranked(search="FT")
+    assert 0 < len(found) < D_SAE
+    for record in dictionary.records(found):
+        tokens = [*record.top_tokens, *(record.writes or [])]
+        assert any("ft" in token.piece.lower() for token in tokens)
+    assert dictionary.ranked(search="no such word") == []
+
+
+@given(st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99)), min_size=1))
+def test_selections(pairs: list[tuple[int, int]]) -> None:
+    text = ", ".join(f"{min(p)}-{max(p)}" if p[0] != p[1] else f"{p[0]}" for p in pairs)
+    wanted = [f for p in pairs for f in range(min(p), max(p) + 1)]
+    assert parse_features(text, 100) == list(dict.fromkeys(wanted))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("9999", "feature 9999: this SAE has features 0–4095"),
+        ("5-99999999999", "feature 99999999999: this SAE has"),
+        ("20-10", "feature 20-10: a range runs from the smaller"),
+        ("one", "feature 'one': expected numbers and ranges such as 1,5,10-20"),
+        ("-3", "feature '-3': expected"),
+        ("1-", "feature '1-': expected"),
+        (" , ", "--feature is empty"),
+    ],
+)
+def test_selections_that_are_wrong(text: str, message: str) -> None:
+    with pytest.raises(RunError, match=message):
+        parse_features(text, 4096)
+
+
+def test_numbers_out_of_range_and_missing_folders(
+    dictionary: FeatureDictionary, tmp_path: Path
+) -> None:
+    for read in (dictionary.records, dictionary.examples):
+        with pytest.raises(RunError, match=f"this SAE has features 0–{D_SAE - 1}"):
+            read([D_SAE])
+    with pytest.raises(RunError, match="sae features RUN"):
+        FeatureDictionary(tmp_path)
+
+
+def test_no_value_is_nan(made: Planted, dictionary: FeatureDictionary) -> None:
+    def floats(column: pa.Array) -> list[pa.Array]:
+        if pa.types.is_struct(column.type):
+            return [leaf for part in column.flatten() for leaf in floats(part)]
+        if pa.types.is_list(column.type):
+            return floats(column.flatten())
+        return [column] if pa.types.is_floating(column.type) else []
+
+    for name in ("features", "examples"):
+        table = pq.read_table(made.folder / f"features/{name}.parquet")
+        for column in table.combine_chunks().columns:
+            for leaf in floats(column.combine_chunks()):
+                assert np.isfinite(leaf.drop_null().to_numpy()).all(), name
+    assert dictionary.table(["cofiring", "label"]).to_pylist()[0] == {
+        "cofiring": None,
+        "label": None,
+    }
+
+
+def test_reading_does_without_torch() -> None:
+    modules = "sae.records, sae.store, sae.text, sae.terminal, sae.formats.csv, sae.formats.jsonl"
+    check = (
+        f"import sys, {modules}; print(sorted({{'torch', 'transformers'}} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
