@@ -1,0 +1,583 @@
+"""One streaming scan of text → the whole feature dictionary of one SAE or many.
+
+The model reads the text once. Activations above 0 are set down on disk as they come, in blocks of
+features; then each block is small enough to hold, and everything about a feature (statistics,
+histogram, examples) is exact, because all the tokens on which it fires are at hand. Memory holds
+one chunk of activations and one block at a time, never the [tokens d_sae] matrix.
+"""
+
+import contextlib
+import itertools
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Float, Int
+from numpy import ndarray
+from safetensors.numpy import save_file
+from torch import Tensor
+
+from sae import hooks
+from sae.activations import read
+from sae.autoencoder import SparseAutoencoder
+from sae.data import TokenBatch
+from sae.errors import DataError, ModelError
+from sae.formats.card import write_card
+from sae.hooks import Hookpoint
+from sae.records import EXAMPLES_SCHEMA, FEATURES_SCHEMA, INTERVALS
+from sae.store import WEIGHTS, sha256, staged
+from sae.text import TokenPieces
+
+BEFORE, AFTER = 10, 5
+"""Tokens around the mark that are kept as text, and that make two examples duplicates."""
+
+_ADDED = frozenset({"mlp_act", "mlp_out", "attn_out", "resid_pre", "resid_post"})
+"""Sites whose vectors reach the logits along the residual stream."""
+_READING = frozenset({"mlp_in", "mlp_act", "resid_pre", "resid_post"})
+"""Sites that the embedding reaches without passing an earlier nonlinearity."""
+
+
+@dataclass(frozen=True)
+class ScanSettings:
+    """How much of each feature to keep, and how much memory to use."""
+
+    top: int = 20
+    per_interval: int = 5
+    random: int = 5
+    bins: int = 50
+    listed: int = 10
+    """Length of the lists of tokens, neurons and neighbours."""
+    seed: int = 0
+    chunk_bytes: int = 1 << 26
+    """The largest matrix of activations or logits made at once."""
+    blocks: int = 64
+    """Parts that the features are divided in while their activations lie on disk."""
+
+
+def scan(
+    model: Any,
+    tokenizer: Any,
+    saes: Mapping[str, Path],
+    batches: Iterable[TokenBatch],
+    n_tokens: int,
+    *,
+    source: Mapping[str, Any],
+    settings: ScanSettings | None = None,
+    dtype: torch.dtype = torch.float32,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Path]:
+    """Read `n_tokens` kept tokens and write features/ into the folder of every SAE.
+
+    `saes` maps hookpoint → folder that holds sae.safetensors; `source` (model, revision, data
+    fingerprint) joins the manifest; the model computes in `dtype`; `progress` hears the tokens of
+    each batch. Returns hookpoint → features folder. Raises DataError without text, ModelError on
+    activations that are not finite.
+    """
+    settings = settings or ScanSettings()
+    with contextlib.ExitStack() as stack:
+        spills = []
+        for name, path in saes.items():
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".scan-", dir=path))
+            sae = SparseAutoencoder.from_pretrained(path, device=model.device)
+            spills.append(_Spill(Path(folder), Hookpoint.parse(name), sae, settings))
+        batches = _upto(batches, n_tokens)
+        text = _Text(_read(model, spills, batches, dtype, progress), TokenPieces(tokenizer))
+        written = {}
+        for (name, path), spill in zip(saes.items(), spills, strict=True):
+            effects = _Effects(model, spill.hookpoint, spill.sae, text.pieces, settings)
+            written[name] = _write(path, name, spill, effects, text, source, settings)
+        return written
+
+
+@torch.no_grad()
+def prompt_features(
+    model: Any, tokenizer: Any, sae: SparseAutoencoder, hookpoint: str, text: str, k: int = 5
+) -> list[tuple[str, list[tuple[int, float]]]]:
+    """The `k` strongest features on each token of `text`: (piece, [(feature, activation), …]).
+
+    Special tokens have no features. Raises DataError for text longer than the model can read.
+    """
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    special = set(tokenizer.all_special_ids)
+    kept = [i not in special for i in ids]
+    limit = getattr(model.config, "max_position_embeddings", None) or len(ids)
+    if len(ids) > limit or not any(kept):
+        raise DataError(f"the text has {len(ids)} tokens; the model reads 1 to {limit}")
+    where = torch.arange(len(ids))[None]
+    rows = TokenBatch(torch.tensor([ids]), where * 0, where, torch.tensor([kept]))
+    point = Hookpoint.parse(hookpoint)
+    with _evaluating(model):
+        x = read(model, [point], rows, torch.float32)[0][point]
+    values, features = sae.encode(x.to(sae.dtype)).float().topk(min(k, sae.d_sae), dim=1)
+    strongest = iter(zip(features.tolist(), values.tolist(), strict=True))
+    found = []
+    for piece, keep in zip(TokenPieces(tokenizer).pieces(ids), kept, strict=True):
+        pairs = zip(*next(strongest), strict=True) if keep else ()
+        found.append((piece, [(feature, act) for feature, act in pairs if act > 0]))
+    return found
+
+
+@contextlib.contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Dropout off inside the block."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _upto(batches: Iterable[TokenBatch], n_tokens: int) -> Iterator[TokenBatch]:
+    """The fewest first rows that hold `n_tokens` kept tokens, or all there are."""
+    left = n_tokens
+    for batch in batches:
+        total = batch.kept.sum(1).cumsum(0)
+        yield batch[: int((total < left).sum()) + 1]
+        left -= int(total[-1])
+        if left <= 0:
+            return
+
+
+@torch.no_grad()
+def _read(
+    model: Any,
+    spills: "Sequence[_Spill]",
+    batches: Iterable[TokenBatch],
+    dtype: torch.dtype,
+    progress: Callable[[int], None] | None,
+) -> TokenBatch:
+    """The streaming pass: every SAE's activations above 0 to its spill; returns the rows read."""
+    rows: list[TokenBatch] = []
+    first = 0
+    with _evaluating(model):
+        for batch in batches:
+            acts, _ = read(model, [spill.hookpoint for spill in spills], batch, dtype)
+            numbers = first + batch.kept.flatten().nonzero().squeeze(1)
+            for spill in spills:
+                spill.add(acts[spill.hookpoint], numbers)
+            rows.append(batch)
+            first += batch.tokens.numel()
+            if progress is not None:
+                progress(len(numbers))
+    if not any(batch.kept.any() for batch in rows):
+        raise DataError("there is no text to scan: the source gave no tokens")
+    return TokenBatch.join(rows)
+
+
+class _Spill:
+    """Activations above 0 on disk: a file for each block of features, tokens in order."""
+
+    ENTRY = np.dtype([("feature", "<i4"), ("token", "<i8"), ("value", "<f4")])
+
+    def __init__(
+        self, folder: Path, hookpoint: Hookpoint, sae: SparseAutoencoder, settings: ScanSettings
+    ) -> None:
+        self.folder, self.hookpoint, self.sae = folder, hookpoint, sae
+        self.chunk = max(1, settings.chunk_bytes // (4 * sae.d_sae))
+        width = -(-sae.d_sae // settings.blocks)
+        self.starts = list(range(0, sae.d_sae, width))
+        self.blocks = [(a, min(a + width, sae.d_sae)) for a in self.starts]
+
+    def add(self, x: Float[Tensor, "n d_in"], numbers: Int[Tensor, " n"]) -> None:
+        """Encode and set down; `numbers` are the tokens' places in the scan, ascending."""
+        for part, number in zip(x.split(self.chunk), numbers.split(self.chunk), strict=True):
+            acts = self.sae.encode(part.to(self.sae.dtype)).float()
+            if not acts.sum().isfinite():
+                raise ModelError(
+                    f"{self.hookpoint}: the activations are not finite; "
+                    "load the model with --model.dtype float32"
+                )
+            # By feature, then token: transposing the mask is cheaper than the activations.
+            feature, token = (acts > 0).T.contiguous().nonzero(as_tuple=True)
+            entries = np.empty(len(feature), self.ENTRY)
+            entries["feature"] = feature.cpu().numpy()
+            entries["token"] = number[token.cpu()].numpy()
+            entries["value"] = acts[token, feature].cpu().numpy()
+            self._append(entries)
+
+    def _append(self, entries: ndarray) -> None:
+        cuts = np.searchsorted(entries["feature"], [*self.starts, self.sae.d_sae])
+        for block, (a, b) in enumerate(itertools.pairwise(cuts)):
+            if b > a:
+                with (self.folder / str(block)).open("ab") as file:
+                    entries[a:b].tofile(file)
+
+    def firings(self, block: int) -> "Iterator[tuple[int, _Firings]]":
+        """Every feature of a block, those that never fire too, with all its activations."""
+        start, stop = self.blocks[block]
+        file = self.folder / str(block)
+        entries = np.fromfile(file, self.ENTRY) if file.exists() else np.empty(0, self.ENTRY)
+        entries = entries[np.argsort(entries["feature"], kind="stable")]
+        cuts = np.searchsorted(entries["feature"], range(start, stop + 1))
+        for feature in range(start, stop):
+            own = entries[cuts[feature - start] : cuts[feature - start + 1]]
+            yield feature, _Firings(own["token"].copy(), own["value"].copy())
+
+
+class _Text:
+    """The scanned tokens, their text, and a hash of each one's surroundings."""
+
+    def __init__(self, rows: TokenBatch, pieces: TokenPieces) -> None:
+        self.pieces = pieces
+        self.ids = rows.tokens.numpy().astype(np.int32)
+        self.document = rows.document.numpy().astype(np.int64)
+        self.position = rows.position.numpy().astype(np.int32)
+        self.kept = rows.kept.numpy()
+        self.width = self.ids.shape[1]
+        self.n_tokens = int(self.kept.sum())
+        parts = [p.encode() for row in self.ids.tolist() for p in pieces.pieces(row)]
+        self.offsets = np.cumsum([0, *map(len, parts)], dtype=np.int64)
+        self.bytes = b"".join(parts)
+        self.around = _window_hashes(self.ids).ravel()
+
+    def between(self, start: int, stop: int) -> str:
+        """The text of tokens `start` to `stop` of the scan."""
+        return self.bytes[self.offsets[start] : self.offsets[stop]].decode()
+
+    def save(self, file: Path) -> None:
+        """Write tokens.safetensors: what examples refer to by row and column."""
+        columns = {
+            "tokens": self.ids,
+            "document": self.document,
+            "position": self.position,
+            "kept": self.kept,
+            "piece_bytes": np.frombuffer(self.bytes, np.uint8),
+            "piece_offsets": self.offsets,
+        }
+        save_file({name: np.ascontiguousarray(column) for name, column in columns.items()}, file)
+
+
+def _window_hashes(ids: ndarray) -> ndarray:
+    """A 64-bit hash of the tokens from BEFORE to AFTER of each token, [rows context]."""
+    width = ids.shape[1]
+    padded = np.pad(ids.astype(np.uint64) + np.uint64(1), ((0, 0), (BEFORE, AFTER)))
+    factors = np.random.default_rng(0).integers(1, 2**63, BEFORE + AFTER + 1, dtype=np.uint64)
+    total = np.zeros(ids.shape, np.uint64)
+    for offset, factor in enumerate(factors | np.uint64(1)):
+        total += padded[:, offset : offset + width] * factor  # wraps around, as a hash may
+    return total
+
+
+@dataclass(frozen=True)
+class _Firings:
+    """All tokens on which one feature fires, in the order of the scan, with the activations."""
+
+    token: ndarray
+    value: ndarray
+
+    def edges(self, bins: int) -> ndarray:
+        """Edges of equal bins of (0, max], the last exactly the stored maximum."""
+        edges = np.linspace(0, self.value.max(), bins + 1).astype(np.float32)
+        edges[-1] = self.value.max()
+        return edges
+
+    def statistics(self, text: _Text, settings: ScanSettings) -> dict[str, Any]:
+        """The columns of features.parquet that come from activations."""
+        n = len(self.value)
+        found = {"density": n / text.n_tokens, "n_fired": n, "max": 0.0, "top_tokens": []}
+        if not n:
+            return found
+        edges = self.edges(settings.bins)
+        counts = np.bincount(_bin(self.value, edges), minlength=settings.bins)
+        ids, where = np.unique(text.ids.ravel()[self.token], return_inverse=True)
+        mass = np.bincount(where, self.value)
+        best = np.argsort(-mass, kind="stable")[: settings.listed]
+        share = mass[best] / mass.sum()
+        return found | {
+            "max": float(self.value.max()),
+            "mean": float(self.value.mean(dtype=np.float64)),
+            "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
+            "top_tokens": _token_values(text.pieces, ids[best], share),
+        }
+
+    def examples(
+        self, text: _Text, settings: ScanSettings, random: np.random.Generator
+    ) -> "Iterator[_Pick]":
+        """Top, interval and random examples, each kind by rank."""
+        if not len(self.value):
+            return
+        strongest = np.argsort(-self.value, kind="stable")
+        for rank, i in enumerate(self._distinct(strongest, text, settings.top)):
+            yield _Pick("top", rank, i, duplicates=self._duplicates(i, text))
+        edges = self.edges(settings.bins)[:: settings.bins // INTERVALS]
+        shuffled = random.permutation(len(self.value))
+        interval = _bin(self.value, edges)[shuffled]
+        rank = 0
+        for j in reversed(range(INTERVALS)):  # the strongest interval first
+            members = shuffled[interval == j]
+            for i in self._distinct(members, text, settings.per_interval):
+                yield _Pick("interval", rank, i, float(edges[j]), float(edges[j + 1]))
+                rank += 1
+        drawn = random.permutation(len(self.value))[: settings.random]
+        for rank, i in enumerate(drawn.tolist()):
+            yield _Pick("random", rank, i)
+
+    def _distinct(self, order: ndarray, text: _Text, wanted: int) -> list[int]:
+        """The first of `order`, at most one in a sequence and one of several identical windows."""
+        rows, windows, found = set(), set(), []
+        for i in order.tolist():
+            row, window = self.token[i] // text.width, text.around[self.token[i]]
+            if row not in rows and window not in windows:
+                rows.add(row)
+                windows.add(window)
+                found.append(i)
+                if len(found) == wanted:
+                    break
+        return found
+
+    def _duplicates(self, i: int, text: _Text) -> int:
+        """Other sequences in which the feature fires amid the same tokens."""
+        same = self.token[text.around[self.token] == text.around[self.token[i]]]
+        return len(np.unique(same // text.width)) - 1
+
+
+@dataclass(frozen=True)
+class _Pick:
+    """A chosen example: the index into the feature's firings, and what it stands for."""
+
+    kind: str
+    rank: int
+    index: int
+    low: float | None = None
+    high: float | None = None
+    duplicates: int = 0
+
+
+def _bin(values: ndarray, edges: ndarray) -> ndarray:
+    """The bin i of each value, edges[i] < value <= edges[i + 1]; exact, no arithmetic on values."""
+    return np.searchsorted(edges, values, side="left") - 1
+
+
+def _token_values(pieces: TokenPieces, ids: Any, values: Any) -> list[dict[str, Any]]:
+    pairs = zip(np.asarray(ids).tolist(), np.asarray(values).tolist(), strict=True)
+    return [{"token": i, "piece": pieces.piece(i), "value": value} for i, value in pairs]
+
+
+class _Effects:
+    """What weights alone say of a feature: tokens it writes and reads, neurons, neighbours.
+
+    writes = W_dec · [W_down at mlp_act] · diag(final norm gain) · W_U, vocabulary mean removed;
+    reads = W_E · [diag(norm gain) at mlp_in, mlp_act] · [W_up at mlp_act] · W_enc. Both leave out
+    what depends on the input: the norms' scales, attention and the other layers.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        hookpoint: Hookpoint,
+        sae: SparseAutoencoder,
+        pieces: TokenPieces,
+        settings: ScanSettings,
+    ) -> None:
+        self.pieces, self.settings = pieces, settings
+        self.W_enc, self.W_dec = sae.W_enc.detach().float(), sae.W_dec.detach().float()
+        self.directions = torch.nn.functional.normalize(self.W_dec, dim=1)
+        self.at_neurons = hookpoint.site == "mlp_act"
+        self.writer = _writer(model, hookpoint, pieces.n_ids)
+        self.reader = _reader(model, hookpoint, pieces.n_ids)
+        widths = [len(self.W_dec), *(pieces.n_ids for m in (self.writer, self.reader) if m)]
+        self.step = max(1, settings.chunk_bytes // (4 * max(widths)))
+
+    @torch.no_grad()
+    def columns(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
+        """The weight columns of features.parquet for features `start` to `stop`, one by one."""
+        for a in range(start, stop, self.step):
+            part = slice(a, min(a + self.step, stop))
+            columns = self._writes(part) | self._reads(part) | self._neurons(part)
+            columns["neighbours"] = self._neighbours(part)
+            for i in range(part.stop - a):
+                yield {name: column[i] for name, column in columns.items()}
+
+    def _writes(self, part: slice) -> dict[str, list[Any]]:
+        if self.writer is None:
+            return {}
+        to_residual, to_logits = self.writer
+        logits = self.W_dec[part] @ to_residual @ to_logits
+        return {
+            "writes": self._strongest(logits),
+            "suppresses": self._strongest(-logits, sign=-1),
+            "logit_histogram": _histograms(logits, self.settings.bins),
+        }
+
+    def _reads(self, part: slice) -> dict[str, list[Any]]:
+        if self.reader is None:
+            return {}
+        embedding, to_site = self.reader
+        return {"reads": self._strongest((embedding @ (to_site @ self.W_enc[:, part])).T)}
+
+    def _neurons(self, part: slice) -> dict[str, list[Any]]:
+        """Participation is None for a feature without a decoder direction."""
+        if not self.at_neurons:
+            return {}
+        weights = self.W_dec[part]
+        order = weights.abs().topk(min(self.settings.listed, weights.shape[1]), dim=1).indices
+        squares = weights.double().square()
+        effective = squares.sum(1).square() / squares.square().sum(1)
+        neurons = zip(order.tolist(), weights.gather(1, order).tolist(), strict=True)
+        return {
+            "neurons": [_pairs("neuron", ids, values) for ids, values in neurons],
+            "participation": [x if np.isfinite(x) else None for x in effective.tolist()],
+        }
+
+    def _neighbours(self, part: slice) -> list[Any]:
+        cosines = self.directions[part] @ self.directions.T
+        own = torch.arange(part.start, part.stop, device=cosines.device)
+        cosines[own - part.start, own] = -torch.inf
+        values, features = cosines.topk(min(self.settings.listed, len(self.W_dec) - 1), dim=1)
+        found = zip(features.tolist(), values.tolist(), strict=True)
+        return [_pairs("feature", ids, cosines) for ids, cosines in found]
+
+    def _strongest(self, scores: Float[Tensor, "n vocab"], sign: int = 1) -> list[Any]:
+        values, ids = scores.topk(min(self.settings.listed, scores.shape[1]), dim=1)
+        rows = zip(ids.tolist(), (sign * values).tolist(), strict=True)
+        return [_token_values(self.pieces, *row) for row in rows]
+
+
+def _pairs(name: str, ids: list[int], values: list[float]) -> list[dict[str, Any]]:
+    return [{name: i, "value": value} for i, value in zip(ids, values, strict=True)]
+
+
+def _histograms(scores: Float[Tensor, "n vocab"], bins: int) -> list[dict[str, Any] | None]:
+    """A histogram of every row between its least and greatest value; None where all are equal."""
+    low, high = scores.amin(1, keepdim=True), scores.amax(1, keepdim=True)
+    edges = low + (high - low) * torch.linspace(0, 1, bins + 1, device=scores.device)
+    edges[:, -1:] = high
+    where = (torch.searchsorted(edges, scores.contiguous()) - 1).clamp_min(0)
+    counts = torch.zeros(len(scores), bins, dtype=torch.long, device=scores.device)
+    counts.scatter_add_(1, where, torch.ones_like(where))
+    rows = zip(edges.tolist(), counts.tolist(), (high > low).flatten().tolist(), strict=True)
+    return [{"edges": e, "counts": c} if spread else None for e, c, spread in rows]
+
+
+def _writer(
+    model: Any, hookpoint: Hookpoint, n_vocab: int
+) -> tuple[Float[Tensor, "d_out d_model"], Float[Tensor, "d_model vocab"]] | None:
+    """Decoder space → residual stream → logits; None where no matrix leads there."""
+    head = hooks.unembedding(model)
+    if head is None or hookpoint.site not in _ADDED:
+        return None
+    W_U, gain = head
+    to_logits = gain.to(W_U.device)[:, None] * W_U[:, :n_vocab].float()
+    to_logits -= to_logits.mean(1, keepdim=True)
+    if hookpoint.site != "mlp_act":
+        return torch.eye(len(gain), device=W_U.device), to_logits
+    weights = hooks.mlp_weights(model, hookpoint.layer or 0)
+    if weights is None:
+        return None
+    to_residual = weights.W_down.float().T
+    if weights.post_gain is not None:
+        to_residual = to_residual * weights.post_gain.to(to_residual)
+    return to_residual, to_logits
+
+
+def _reader(
+    model: Any, hookpoint: Hookpoint, n_vocab: int
+) -> tuple[Float[Tensor, "vocab d_model"], Float[Tensor, "d_model d_in"]] | None:
+    """Embeddings → what the encoder reads; None where no matrix leads there."""
+    site, W_E = hookpoint.site, hooks.embedding(model)
+    if site not in _READING or W_E is None:
+        return None
+    W_E = W_E[:n_vocab].float()
+    to_site = torch.eye(W_E.shape[1], device=W_E.device)
+    if site in ("resid_pre", "resid_post"):
+        return W_E, to_site
+    gain = hooks.mlp_norm_gain(model, hookpoint.layer or 0)
+    if gain is not None:
+        to_site = to_site * gain.to(to_site)
+    if site == "mlp_in":
+        return W_E, to_site
+    weights = hooks.mlp_weights(model, hookpoint.layer or 0)
+    return None if weights is None else (W_E, to_site @ weights.W_up.float().T)
+
+
+def _write(
+    sae_folder: Path,
+    hookpoint: str,
+    spill: _Spill,
+    effects: _Effects,
+    text: _Text,
+    source: Mapping[str, Any],
+    settings: ScanSettings,
+) -> Path:
+    """One SAE's features folder: both tables, the tokens, the card, the manifest."""
+    manifest = {
+        **source,
+        "hookpoint": hookpoint,
+        "sae_sha256": sha256(sae_folder / WEIGHTS),
+        "d_sae": spill.sae.d_sae,
+        "tokens": text.n_tokens,
+        "sequences": len(text.ids),
+        **{name: getattr(settings, name) for name in ("seed", "top", "per_interval", "random")},
+    }
+    with staged(sae_folder / "features", extra=manifest, overwrite=True) as folder:
+        _write_tables(folder, spill, effects, text, settings)
+        text.save(folder / "tokens.safetensors")
+        write_card(folder, "parquet", manifest)
+    return sae_folder / "features"
+
+
+def _write_tables(
+    folder: Path, spill: _Spill, effects: _Effects, text: _Text, settings: ScanSettings
+) -> None:
+    """Block after block: statistics and weights to features.parquet, picks to examples.parquet."""
+    with (
+        pq.ParquetWriter(folder / "features.parquet", FEATURES_SCHEMA) as features,
+        pq.ParquetWriter(folder / "examples.parquet", EXAMPLES_SCHEMA) as examples,
+    ):
+        for block, (start, stop) in enumerate(spill.blocks):
+            rows, picks = [], _Examples(text)
+            weights = effects.columns(start, stop)
+            for (feature, firings), row in zip(spill.firings(block), weights, strict=True):
+                rows.append({"feature": feature, **firings.statistics(text, settings), **row})
+                random = np.random.default_rng([settings.seed, feature])
+                for pick in firings.examples(text, settings, random):
+                    picks.add(feature, firings, pick)
+            features.write_table(pa.Table.from_pylist(rows, FEATURES_SCHEMA))
+            examples.write_table(picks.table())
+
+
+class _Examples:
+    """Chosen examples, gathered column by column."""
+
+    def __init__(self, text: _Text) -> None:
+        self.text = text
+        self.columns: dict[str, list[Any]] = {name: [] for name in EXAMPLES_SCHEMA.names}
+
+    def add(self, feature: int, firings: _Firings, pick: _Pick) -> None:
+        """One example with the feature's activations over the whole of its sequence."""
+        text, at = self.text, int(firings.token[pick.index])
+        row, column = divmod(at, text.width)
+        begin, end = row * text.width, (row + 1) * text.width
+        own = slice(*np.searchsorted(firings.token, [begin, end]))
+        values = {
+            "feature": feature,
+            "kind": pick.kind,
+            "rank": pick.rank,
+            "document": text.document[row, column],
+            "position": text.position[row, column],
+            "row": row,
+            "column": column,
+            "peak": firings.value[pick.index],
+            "low": pick.low,
+            "high": pick.high,
+            "duplicates": pick.duplicates,
+            "before": text.between(max(begin, at - BEFORE), at),
+            "token": text.between(at, at + 1),
+            "after": text.between(at + 1, min(end, at + 1 + AFTER)),
+            "indices": (firings.token[own] - begin).astype(np.int32),
+            "values": firings.value[own],
+        }
+        for name, value in values.items():
+            self.columns[name].append(value)
+
+    def table(self) -> pa.Table:
+        """The rows of examples.parquet."""
+        arrays = [pa.array(self.columns[f.name], f.type) for f in EXAMPLES_SCHEMA]
+        return pa.Table.from_arrays(arrays, schema=EXAMPLES_SCHEMA)
