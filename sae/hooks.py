@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .errors import HookpointError, suggest
+from sae.errors import HookpointError, suggest
 
 SITES = ("mlp_in", "mlp_act", "mlp_out", "attn_out", "resid_pre", "resid_post")
 _READ_AT_INPUT = frozenset({"mlp_in", "mlp_act", "resid_pre"})  # the others at a module's output

@@ -106,6 +106,7 @@ def test_selections(pairs: list[tuple[int, int]]) -> None:
         ("-3", "feature '-3': expected"),
         ("1-", "feature '1-': expected"),
         (" , ", "--feature is empty"),
+        ("9" * 5000, "feature '9{40}': expected"),
     ],
 )
 def test_selections_that_are_wrong(text: str, message: str) -> None:
@@ -121,6 +122,14 @@ def test_numbers_out_of_range_and_missing_folders(
             read([D_SAE])
     with pytest.raises(RunError, match="sae features RUN"):
         FeatureDictionary(tmp_path)
+
+
+def test_a_sample_is_of_live_features_and_of_its_seed(dictionary: FeatureDictionary) -> None:
+    live = [row["feature"] for row in dictionary.table().to_pylist() if row["n_fired"]]
+    drawn = dictionary.sample(8, 0)
+    assert drawn == sorted(set(drawn)) == dictionary.sample(8, 0) != dictionary.sample(8, 1)
+    assert len(drawn) == 8 and set(drawn) <= set(live) and DEAD not in live
+    assert dictionary.sample(10_000, 3) == live
 
 
 def test_no_value_is_nan(made: Planted, dictionary: FeatureDictionary) -> None:

@@ -1,0 +1,27 @@
+# Every target sets up what it needs: a virtual environment with this package in .venv.
+PYTHON ?= python3
+RUN = .venv/bin/python
+
+.PHONY: install quickstart test check format
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+quickstart: install
+	$(RUN) scripts/quickstart.py
+
+test: install
+	$(RUN) -m pytest -n 2
+
+check: install
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m pyright
+
+format: install
+	$(RUN) -m ruff format .
+	$(RUN) -m ruff check --fix .

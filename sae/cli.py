@@ -1,0 +1,456 @@
+"""The `sae` command: parse, call, print.
+
+Options and YAML go through one check (`config.resolve`), so argparse only collects text. torch is
+imported by the verbs that need it, after the mistakes that can be found without it.
+"""
+
+import argparse
+import io
+import os
+import re
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+from sae import __version__
+from sae.errors import ConfigError, FormatError, RunError, SAEError, suggest
+from sae.text import visible
+
+VERBS: dict[str, tuple[str, Callable[[list[str]], None]]] = {}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns 0, 2 for what the user can mend, 130 for Ctrl-C, 1 for our mistakes."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    args = [arg for arg in args if arg != "--debug"]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without ‖ or → still gets the rest
+    try:
+        with _calm_warnings(debug):
+            try:
+                _dispatch(args)
+            finally:
+                sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("sae: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader, `head` for instance, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        if debug:
+            raise
+        lines, code = _told(error)
+        for line in lines:
+            print(f"sae: {visible(line)}", file=sys.stderr)
+        return code
+    return 0
+
+
+def _told(error: Exception) -> tuple[list[str], int]:
+    """What to say of an error, and the exit code."""
+    text = str(error)
+    first = (text.splitlines() or [""])[0][:200]
+    if isinstance(error, SAEError):
+        return text.splitlines(), 2
+    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate" in text:
+        return [f"out of memory ({first})", "  lower optim.pool, optim.llm_batch or sae.d_sae"], 2
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return [f"{where}{error.strerror}; check the path, its permissions and the disk"], 2
+    unexpected = f"unexpected {type(error).__name__}: {first}"
+    return [unexpected, "  this is our mistake; --debug shows where it happened"], 1
+
+
+def _dispatch(args: list[str]) -> None:
+    verb = args[0] if args else "--help"
+    if verb in ("-h", "--help"):
+        print(_overview())
+    elif verb == "--version":
+        print(__version__)
+    elif verb in VERBS:
+        VERBS[verb][1](args[1:])
+    else:
+        raise RunError(f"no verb {verb!r}; there are {', '.join(VERBS)}{suggest(verb, VERBS)}")
+
+
+def _overview() -> str:
+    lines = [
+        "sae: train sparse autoencoders on a language model, read their features, export them",
+        "",
+        *(f"  sae {name:<9} {text}" for name, (text, _) in VERBS.items()),
+        "",
+        "sae VERB --help tells its options. Start with: sae train",
+        "--debug shows the traceback of an error; --version the version.",
+    ]
+    return "\n".join(lines)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are SAEErrors; `--a-b` and `--a_b` are the same option."""
+
+    def __init__(self, verb: str, usage: str):
+        super().__init__(
+            prog=f"sae {verb}",
+            usage=f"sae {verb} {usage}",
+            description=VERBS[verb][0],
+            allow_abbrev=False,
+            argument_default=argparse.SUPPRESS,
+        )
+        # argparse's own does not know -1e-3, and would take it for an option
+        self._negative_number_matcher = re.compile(r"-\.?(\d|inf|nan)")
+
+    def error(self, message: str) -> NoReturn:
+        """Every mistake argparse finds."""
+        message = re.sub(r"^argument (\S+): expected.*", r"\1: its value is missing", message)
+        raise ConfigError(f"{message}\n  {self.prog} --help tells the options")
+
+    def read(self, args: list[str]) -> dict[str, object]:
+        """Option → text (or list of texts) of everything that was given.
+
+        Raises ConfigError with a line for each option that does not exist.
+        """
+        given, mistakes = self.sift(args)
+        if mistakes:
+            raise ConfigError("\n".join(mistakes))
+        return vars(self.parse_args(given))
+
+    def sift(self, args: list[str]) -> tuple[list[str], list[str]]:
+        """`args` with the names of options as we know them; a line for each we do not know."""
+        known = [s for action in self._actions for s in action.option_strings]
+        kept, mistakes, skipping = [], [], False
+        for arg in args:
+            name, equals, value = arg.partition("=")
+            option = "--" + name[2:].replace("-", "_") if name.startswith("--") else name
+            if self._negative_number_matcher.match(arg):
+                kept.append(arg)
+            elif option in known:
+                kept.append(option + equals + value)
+                skipping = False
+            elif re.fullmatch(r"--?[a-zA-Z][\w.-]*", name):
+                mistakes.append(f"{name}: no such option{_nearest(option[2:], known)}")
+                skipping = not equals
+            elif not skipping:
+                kept.append(arg)
+        return kept, mistakes
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    """The options that end in `name`, or the one most like it."""
+    tails = [option for option in known if option.endswith("." + name)]
+    if tails:
+        return f"; did you mean {' or '.join(tails)}?"
+    return suggest(f"--{name}", known)
+
+
+def _verb(name: str, text: str) -> Callable[[Callable], Callable]:
+    def register(function: Callable) -> Callable:
+        VERBS[name] = (text, function)
+        return function
+
+    return register
+
+
+@_verb("train", "train an SAE for each hookpoint")
+def train(args: list[str]) -> None:
+    """sae train."""
+    from sae import config
+
+    parser = Parser("train", "[CONFIG.yaml] [--name value …] [--dry-run]")
+    parser.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="settings; else defaults")
+    parser.add_argument("--dry_run", action="store_true", help="print what it needs, and stop")
+    for flag in config.flags():
+        shown = "" if flag.default is None else f" (default {_plain(flag.default)})"
+        parser.add_argument(
+            f"--{flag.name}",
+            nargs="+" if flag.many else None,
+            action="extend" if flag.many else "store",
+            metavar=flag.type,
+            help=(flag.help + shown).replace("%", "%%"),
+        )
+    given, mistakes = parser.sift(args)
+    settings = vars(parser.parse_args(given))
+    path, dry_run = settings.pop("config", None), settings.pop("dry_run", False)
+    try:
+        chosen = config.resolve(None if path is None else Path(str(path)), settings)
+    except ConfigError as error:
+        raise ConfigError("\n".join([*mistakes, str(error)])) from None
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    _train(chosen, bool(dry_run))
+
+
+def _train(config, dry_run: bool) -> None:
+    from sae.memory import keep_freed_memory
+
+    keep_freed_memory()
+    _quiet_libraries()
+    from sae import planning, training
+    from sae.progress import TrainingProgress
+
+    plan = planning.plan(config)
+    for name, value in plan.lines():
+        print(f"{name:<7} {visible(value)}")
+    for row in plan.source.preview():
+        print(f"row     {visible(row)}")
+    if dry_run:
+        for name, value in planning.estimate(plan):
+            print(f"{name:<7} {value}")
+        print("nothing was trained or written (--dry-run)")
+        return
+    sys.stdout.flush()
+    with TrainingProgress(config.tokens) as progress:
+        folder = training.train(plan, progress.report)
+    _say_trained(folder, config.tokens)
+
+
+def _say_trained(folder: Path, wanted: int) -> None:
+    """Where the run is and what to do with it; after Ctrl-C, how far it came."""
+    from sae.store import Run, read_manifest
+
+    manifests = [read_manifest(path) for path in Run(folder).saes().values()]
+    tokens = min(manifest["tokens"] for manifest in manifests)
+    interrupted = any(manifest["interrupted"] for manifest in manifests)
+    if tokens < wanted:
+        why = "stopped" if interrupted else "the text ended"
+        print(f"{why} after {tokens:,} of {wanted:,} tokens; the weights so far are saved")
+    print(f"trained {folder}")
+    run = shlex.quote(str(folder))
+    print(f"next: sae evaluate {run}; sae features {run}; sae top {run}")
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+@_verb("evaluate", "FVU, L0, dead features, cross-entropy recovered on held-out text")
+def evaluate(args: list[str]) -> None:
+    """sae evaluate."""
+    parser = Parser("evaluate", "RUN [--sae NAME] [--tokens N] [--k 8 16 32] [--device cpu]")
+    _add_run(parser)
+    parser.add_argument("--tokens", metavar="int", help="held-out tokens; else data.eval_tokens")
+    parser.add_argument("--k", nargs="+", metavar="int", help="baselines of the k largest neurons")
+    given = parser.read(args)
+    wanted = _count("--tokens", given["tokens"]) if "tokens" in given else None
+    ks = tuple(_count("--k", k) for k in given.get("k", []))  # pyright: ignore
+    opened = _open(given)
+    from sae.progress import Bar
+    from sae.runs import evaluate_run
+    from sae.terminal import evaluation_table, make_console
+
+    n_tokens = wanted or opened.config.data.eval_tokens
+    with Bar("evaluating", n_tokens) as bar:
+        found = evaluate_run(opened, n_tokens=n_tokens, ks=ks, progress=bar.advance)
+    console = make_console()
+    for point, evaluation in found.items():
+        console.print(evaluation_table(evaluation))
+        print(f"written {opened.folders[point] / 'eval.json'}")
+    print(f"next: sae features {shlex.quote(str(opened.run.path))}")
+
+
+@_verb("features", "scan text and write the feature dictionary")
+def features(args: list[str]) -> None:
+    """sae features."""
+    parser = Parser("features", "RUN [--sae NAME] [--tokens N] [--device cpu]")
+    _add_run(parser)
+    parser.add_argument("--tokens", metavar="int", help="tokens to scan (default 500000)")
+    given = parser.read(args)
+    n_tokens = _count("--tokens", given.get("tokens", 500_000))
+    opened = _open(given)
+    from sae.progress import Bar
+    from sae.runs import scan_run
+
+    with Bar("scanning", n_tokens) as bar:
+        written = scan_run(opened, n_tokens=n_tokens, progress=bar.advance)
+    for folder in written.values():
+        print(f"written {folder}")
+    run = shlex.quote(str(opened.run.path))
+    print(f"next: sae top {run}; sae export {run} --format parquet --out DIR")
+
+
+@_verb("top", "features and the text that excites them, in the terminal")
+def top(args: list[str]) -> None:
+    """sae top."""
+    parser = Parser("top", "RUN [--feature 1,5,10-20] [--search WORD] [--sort density] [--text …]")
+    _add_run(parser)
+    parser.add_argument("--feature", metavar="1,5,10-20", help="these; one alone is shown in full")
+    parser.add_argument("--search", metavar="WORD", help="in labels, tokens fired on, promoted")
+    parser.add_argument("--sort", metavar="NAME", help="density, max, mean, n_fired or feature")
+    parser.add_argument("--sample", metavar="SEED", help="draw live features by this seed instead")
+    parser.add_argument("--limit", metavar="int", help="how many features (default 20)")
+    parser.add_argument("--text", metavar="…", help="a text of your own, token by token")
+    given = parser.read(args)
+    _refuse_together(given, ("feature", "sample", "search", "text"))
+    _refuse_together(given, ("feature", "sample", "sort", "text"))
+    _refuse_together(given, ("feature", "limit", "text"))
+    if "text" in given:
+        _top_of_text(given)
+    else:
+        _top_of_dictionary(given)
+
+
+def _top_of_dictionary(given: dict[str, object]) -> None:
+    from sae.records import FeatureDictionary
+    from sae.store import Run
+    from sae.terminal import feature_page, feature_table, make_console
+
+    limit = _count("--limit", given.get("limit", 20))
+    run, name = Run(str(given["run"])), _text(given, "sae")
+    dictionary = FeatureDictionary(run.features(name))
+    console, chosen = make_console(), _chosen(dictionary, given, limit)
+    again = f"sae top {shlex.quote(str(run.path))}" + (f" --sae {name}" if name else "")
+    if len(chosen) == 1:
+        console.print(feature_page(dictionary, chosen[0], console))
+        print(f"next: {again} --search WORD; {again} --text '…'")
+    else:
+        console.print(feature_table(dictionary, chosen, console))
+        print(f"next: {again} --feature {chosen[0]}")
+
+
+def _chosen(dictionary, given: dict[str, object], limit: int) -> list[int]:
+    """The features asked for, at least one."""
+    from sae.records import parse_features
+
+    if "feature" in given:
+        return parse_features(str(given["feature"]), len(dictionary))
+    if "sample" in given:
+        chosen = dictionary.sample(limit, _count("--sample", given["sample"], least=0))
+        problem = "--sample: no feature of this dictionary ever fires; train longer"
+    else:
+        search = str(given.get("search", ""))
+        chosen = dictionary.ranked(str(given.get("sort", "max")), search)[:limit]
+        problem = f"--search {search}: no feature mentions it; try a shorter word"
+    if not chosen:
+        raise RunError(problem)
+    return chosen
+
+
+def _top_of_text(given: dict[str, object]) -> None:
+    opened = _open(given)
+    from sae.runs import features_of
+    from sae.terminal import make_console, prompt_view
+
+    console = make_console()
+    for point, found in features_of(opened, str(given["text"])).items():
+        print(point)
+        console.print(prompt_view(found, console))
+
+
+@_verb("export", "write the dictionary or the weights for other tools")
+def export(args: list[str]) -> None:
+    """sae export."""
+    parser = Parser("export", "RUN --format parquet|jsonl|csv|safetensors --out DIR [--feature …]")
+    _add_run(parser)
+    parser.add_argument("--format", metavar="NAME", help="parquet, jsonl, csv or safetensors")
+    parser.add_argument("--out", metavar="DIR", help="a new folder")
+    parser.add_argument("--feature", metavar="1,5,10-20", help="only these features")
+    given = parser.read(args)
+    from sae import formats
+    from sae.records import parse_features
+    from sae.store import Run
+
+    for needed in ("format", "out"):
+        if needed not in given:
+            raise FormatError(f"--{needed} is missing; sae export RUN --format NAME --out DIR")
+    name = str(given["format"])
+    if name not in formats.FORMATS:
+        raise FormatError(
+            f"--format {name}: choose one of {', '.join(formats.FORMATS)}"
+            f"{suggest(name, formats.FORMATS)}"
+        )
+    folder = Run(str(given["run"])).sae(_text(given, "sae"))
+    chosen = None
+    if "feature" in given:
+        from sae.autoencoder import read_config
+
+        chosen = parse_features(str(given["feature"]), read_config(folder)["d_sae"])
+    out = str(given["out"])
+    formats.write(name, folder, out, chosen)
+    print(f"written {out}")
+    if name == "safetensors":
+        print(f"next: in Python, SparseAutoencoder.from_pretrained({out!r})")
+    else:
+        print(f"next: {Path(out) / 'README.md'} tells how to open it")
+
+
+def _add_run(parser: Parser) -> None:
+    parser.add_argument("run", metavar="RUN", help="folder of a run, such as checkpoints/NAME")
+    parser.add_argument("--sae", metavar="NAME", help="which SAE, where the run holds several")
+    parser.add_argument("--device", metavar="auto|cpu|cuda", help="where to compute (default auto)")
+
+
+def _open(given: dict[str, object]):
+    """The run with its model and text; what can be wrong with its folder is found without torch."""
+    from sae.store import Run
+
+    name = _text(given, "sae")
+    run = Run(str(given["run"]))
+    if name is not None or not run.saes():
+        run.sae(name)
+    from sae.memory import keep_freed_memory
+
+    keep_freed_memory()
+    _quiet_libraries()
+    from sae.runs import open_run
+
+    return open_run(run.path, name, str(given.get("device", "auto")))
+
+
+def _refuse_together(given: dict[str, object], names: tuple[str, ...]) -> None:
+    both = [f"--{name}" for name in names if name in given]
+    if len(both) > 1:
+        raise ConfigError(f"{' and '.join(both)} do not go together; give one of them")
+
+
+def _text(given: dict[str, object], name: str) -> str | None:
+    return str(given[name]) if name in given else None
+
+
+def _count(name: str, value: object, least: int = 1) -> int:
+    """A whole number as people type it: 500000, 500_000, 500,000 or 5e5."""
+    text = str(value)
+    if re.fullmatch(r"\d{1,3}(,\d{3})+", text):
+        text = text.replace(",", "")
+    try:
+        number = float(text) if re.fullmatch(r"[\d_]{1,30}(\.\d*)?([eE]\+?\d{1,2})?", text) else -1
+    except ValueError:
+        number = -1
+    if number < least or number != int(number):
+        raise ConfigError(f"{name}: {text[:40]!r} came, wanted a whole number of at least {least}")
+    return int(number)
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return " ".join(map(_plain, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _quiet_libraries() -> None:
+    """No progress bars and notices of transformers and datasets between our own lines."""
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+@contextmanager
+def _calm_warnings(debug: bool) -> Iterator[None]:
+    """Our own warnings as a line each; those of libraries only with --debug."""
+    own = str(Path(__file__).parent)
+
+    def show(message, category, filename, lineno, file=None, line=None) -> None:
+        if debug or filename.startswith(own):
+            print(f"sae: {visible(str(message))}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""Load the language model and its tokenizer: bundled, from a folder, or from the Hub."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from sae import builtin
+from sae.config import ModelConfig
+from sae.errors import ModelError, suggest
+
+LONGEST = 1 << 24
+"""A tokenizer that knows no limit says 1e30."""
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A frozen transformer in eval mode, its tokenizer, and what it was loaded from.
+
+    `revision` is the commit it came from where there is one; `has_head` says whether it predicts
+    the next token (BERT does not). `context` is its longest input in tokens, None without a limit.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Any
+    name: str
+    revision: str | None
+    has_head: bool
+    context: int | None
+
+
+def load(config: ModelConfig, device: torch.device) -> LanguageModel:
+    """Load in float32 (the weights of bf16 files too), in eval mode, gradients off.
+
+    Raises:
+        ModelError: no such model, or a folder that holds none.
+    """
+    source = _locate(config.name)
+    try:
+        model, tokenizer, has_head = _load(source, config.revision)
+    except Exception as error:  # the Hub, safetensors, tokenizers: each has errors of its own
+        first = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        raise ModelError(
+            f"model.name: {config.name!r} cannot be loaded as a transformers model{_near(source)}\n"
+            f"  {first}\n"
+            "  give 'builtin:', a folder with config.json and safetensors, or a Hub name"
+        ) from error
+    settings: Any = model.config
+    return LanguageModel(
+        model=model.to(device).eval().requires_grad_(False),
+        tokenizer=tokenizer,
+        name=config.name,
+        revision=getattr(settings, "_commit_hash", None) or config.revision,
+        has_head=has_head,
+        context=_context(settings, tokenizer),
+    )
+
+
+def _locate(name: str) -> str:
+    """The bundled model's folder, a folder that holds a model, or a Hub name as it is."""
+    if name.startswith(builtin.PREFIX.rstrip(":")) and ":" in name:
+        return str(builtin.model_path(name))
+    path = Path(name).expanduser() if name[:2] in ("~", "~/") else Path(name)
+    try:
+        if path.is_dir():
+            if not (path / "config.json").is_file():
+                raise ModelError(f"model.name: {path} is not a model folder: it has no config.json")
+            return str(path)
+    except OSError as error:  # a name too long, a folder that may not be read
+        raise ModelError(f"model.name: {name} cannot be read: {error.strerror}") from error
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(f"model.name: no folder {path}{_near(name)}")
+    return name
+
+
+def _near(name: str) -> str:
+    """The neighbouring folder whose name is nearest to one that does not exist."""
+    folder = Path(name).parent
+    return suggest(name, map(str, folder.iterdir()) if folder.is_dir() else ())
+
+
+def _load(source: str, revision: str | None) -> tuple[Any, Any, bool]:
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+    settings = AutoConfig.from_pretrained(source, revision=revision)
+    names: list[str] = getattr(settings, "architectures", None) or []
+    has_head = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+    kind = AutoModelForCausalLM if has_head else AutoModel
+    model = kind.from_pretrained(
+        source, revision=revision, dtype=torch.float32, use_safetensors=True
+    )
+    return model, AutoTokenizer.from_pretrained(source, revision=revision), has_head
+
+
+def _context(settings: Any, tokenizer: Any) -> int | None:
+    """The smaller of the model's and the tokenizer's limit (RoBERTa: 514 positions, 512 tokens)."""
+    limits = (getattr(settings, "max_position_embeddings", None), tokenizer.model_max_length)
+    return min((n for n in limits if isinstance(n, int) and n < LONGEST), default=None)

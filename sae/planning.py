@@ -1,0 +1,320 @@
+"""Everything that can be known, and can fail, before training: model, text, widths, needs."""
+
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sae import kernels, language_model
+from sae.activations import read
+from sae.autoencoder import SparseAutoencoder, locate, read_config
+from sae.config import TrainConfig, run_name
+from sae.data import TokenSource, open_source
+from sae.errors import ConfigError, DataError, RunError, SAEError
+from sae.hooks import Hookpoint, resolve, width
+from sae.language_model import LanguageModel
+from sae.sparsity import make_sparsity
+
+ADAM_COPIES = 4
+"""Weights, gradients and Adam's two moments."""
+TYPICAL_L0 = 32
+"""Active features a token assumed where a step is timed: the step of a trained SAE."""
+TIMED_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A language model and the text it reads, on a device."""
+
+    device: torch.device
+    lm: LanguageModel
+    source: TokenSource
+
+
+@dataclass(frozen=True)
+class Plan(Inputs):
+    """A checked run: `lines` says in words what it will read, make and need."""
+
+    config: TrainConfig
+    dtype: torch.dtype
+    hookpoints: list[Hookpoint]
+    widths: dict[Hookpoint, int]
+    output: Path
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """Pairs of what and how much, for the table shown before the start."""
+        config, available = self.config, self.source.tokens_available
+        yield "model", f"{self.lm.name} on {self.device}, {str(self.dtype).removeprefix('torch.')}"
+        yield "text", f"{self.source.name}, fingerprint {self.source.fingerprint}"
+        for point in self.hookpoints:
+            d_in = self.widths[point]
+            yield "SAE", f"{point}: {d_in} → {config.sae.width(d_in):,} features, {self._recipe()}"
+        have = "unknown (a stream)" if available is None else f"{available:,}"
+        yield "tokens", f"{config.tokens:,} needed, {have} in one pass of the training text"
+        yield "memory", f"about {self.memory_bytes() / 1e9:.2f} GB beside the libraries"
+        yield "disk", f"{self.disk_bytes() / 1e6:.0f} MB in {self.output}"
+
+    def memory_bytes(self) -> int:
+        """Model, pool, and four copies of every SAE's weights."""
+        weights = sum(p.numel() * p.element_size() for p in self.lm.model.parameters())
+        return weights + self.pool_bytes() + ADAM_COPIES * self.disk_bytes()
+
+    def pool_bytes(self) -> int:
+        """The activations kept to be mixed."""
+        return self.config.optim.pool * sum(self.widths.values()) * self.dtype.itemsize
+
+    def disk_bytes(self) -> int:
+        """fp32 weights of every SAE."""
+        return 4 * sum(
+            d_sae * (2 * d_in + 1) + d_in
+            for d_in in self.widths.values()
+            for d_sae in [self.config.sae.width(d_in)]
+        )
+
+    def seconds_per_token(self) -> float:
+        """Time of the language model's part, measured on one batch."""
+        rows = next(self.source.train(self.config.optim.llm_batch, repeat=False))
+        seconds = _seconds(
+            self.device, 1, lambda: read(self.lm.model, self.hookpoints, rows, self.dtype)
+        )
+        return seconds / rows.tokens.numel()
+
+    def _recipe(self) -> str:
+        settings = self.config.sae.sparsity.model_dump()
+        knob = "k" if "k" in settings else "l1"
+        return f"{settings['kind']} {knob} {settings[knob]:g}"
+
+
+def plan(config: TrainConfig) -> Plan:
+    """Load the model and the text and check that they suffice; writes nothing.
+
+    Raises:
+        SAEError: what is wrong, before any time is spent.
+    """
+    output = Path(config.output) if config.output else Path("checkpoints") / run_name(config)
+    output = output.expanduser()
+    _refuse_output(output)
+    _check_pool(config)
+    device = pick_device(config.device)
+    inputs = open_inputs(config, device)
+    hookpoints = resolve(inputs.lm.model, config.hookpoints)
+    _check_amount(config, inputs.source)
+    made = Plan(
+        device=device,
+        lm=inputs.lm,
+        source=inputs.source,
+        config=config,
+        dtype=pick_dtype(config.model.dtype, device),
+        hookpoints=hookpoints,
+        widths={point: width(inputs.lm.model, point) for point in hookpoints},
+        output=output,
+    )
+    _check_saes(made)
+    _check_room(made)
+    return made
+
+
+def estimate(plan: Plan) -> list[tuple[str, str]]:
+    """How long the run will take, from one batch of text and a few steps on random activations."""
+    config = plan.config
+    reading = plan.seconds_per_token()
+    stepping = sum(_step_seconds(plan, point) for point in plan.hookpoints) / config.optim.batch
+    seconds = (config.tokens + config.optim.pool) * reading + config.tokens * stepping
+    speed = config.tokens / seconds
+    return [("time", f"about {_duration(seconds)} ({speed:,.0f} tokens/s)")]
+
+
+def _step_seconds(plan: Plan, point: Hookpoint) -> float:
+    """Time of one training step of an SAE as sparse as a trained one."""
+    config, d_in = plan.config, plan.widths[point]
+    sae = SparseAutoencoder(d_in, config.sae.width(d_in), _sparsity(config), device=plan.device)
+    x = torch.randn(config.optim.batch, d_in, device=plan.device)
+    with torch.no_grad():
+        pre = sae.pre(x[:64]).flatten()
+        active = min(len(x[:64]) * TYPICAL_L0, len(pre))
+        sae.b_enc.sub_(pre.topk(active).values[-1])
+    adam = torch.optim.Adam(sae.parameters(), fused=True)
+
+    def step() -> None:
+        sparsity = config.sae.sparsity
+        if sparsity.kind == "topk":
+            kernels.topk_step(sae, x, x, sparsity.k, matmul_dtype=plan.dtype)
+        else:
+            kernels.relu_l1_step(sae, x, x, sparsity.l1, matmul_dtype=plan.dtype)
+        torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
+        adam.step()
+
+    return _seconds(plan.device, TIMED_STEPS, step)
+
+
+def _sparsity(config: TrainConfig):
+    chosen = config.sae.sparsity
+    amount = {"k": chosen.k} if chosen.kind == "topk" else {"l1": chosen.l1}
+    return make_sparsity(chosen.kind, **amount)
+
+
+def _seconds(device: torch.device, times: int, work: Callable[[], object]) -> float:
+    """Mean time of `work`, after a first run that is not counted."""
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    work()
+    start = now()
+    for _ in range(times):
+        work()
+    return (now() - start) / times
+
+
+def _duration(seconds: float) -> str:
+    """In the unit that people would use: 40 s, 3 min, 2.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def open_inputs(config: TrainConfig, device: torch.device) -> Inputs:
+    """Load the model, its tokenizer and the text of a config."""
+    lm = language_model.load(config.model, device)
+    if lm.context is not None and config.data.context > lm.context:
+        raise DataError(
+            f"data.context: {config.data.context} tokens came, but {lm.name} reads at most "
+            f"{lm.context}; give at most {lm.context}"
+        )
+    return Inputs(device, lm, open_source(config.data, lm.tokenizer, config.seed))
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one. Raises ConfigError for a device that is not there."""
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", name):
+        raise ConfigError(f"device: {name} came, wanted auto, cpu, cuda or cuda:N")
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device: {name} came, but torch sees {torch.cuda.device_count()} CUDA devices; "
+            "give cpu or auto"
+        )
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bf16 where the hardware multiplies it (CUDA, or a CPU with AVX512-BF16 or AMX)."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _refuse_output(output: Path) -> None:
+    """RunError where something is already, or where nothing can be written."""
+    try:
+        taken = output.is_symlink() and not output.exists()
+        if taken or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
+            raise RunError(
+                f"output: {output} exists already; give --output another folder, or delete it"
+            )
+        above = next(p for p in (output, *output.absolute().parents) if p.exists())
+    except OSError as error:  # a name too long, a folder that may not be listed
+        raise RunError(f"output: {output} cannot be used ({error.strerror})") from None
+    if not above.is_dir():
+        raise RunError(f"output: {above} is a file, not a folder; give --output another folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise RunError(f"output: {above} cannot be written to; give --output another folder")
+
+
+def _check_pool(config: TrainConfig) -> None:
+    """The pool must have room for one more forward pass whenever less than a batch is left."""
+    optim, context = config.optim, config.data.context
+    needed = optim.batch + optim.llm_batch * context
+    if optim.pool < needed:
+        raise ConfigError(
+            f"optim.pool: {optim.pool} came, wanted at least {needed} (optim.batch {optim.batch} + "
+            f"optim.llm_batch {optim.llm_batch} × data.context {context}); change one of them"
+        )
+
+
+def _check_amount(config: TrainConfig, source: TokenSource) -> None:
+    """Refuse at once a text that is known to be too short."""
+    batch, have = config.optim.batch, source.tokens_available
+    if have is None or config.data.repeat or have >= config.tokens:
+        return
+    enough = have // batch * batch
+    less = f"--tokens {enough} or less, " if enough else ""
+    raise DataError(
+        f"tokens: {config.tokens:,} wanted, but {source.name} has {have:,} to train on; give "
+        f"{less}more text, or --data.repeat true"
+    )
+
+
+def _check_saes(plan: Plan) -> None:
+    """The sparsity fits the widths, and the weights to start from fit the run."""
+    config, sparsity = plan.config, plan.config.sae.sparsity
+    for point, d_in in plan.widths.items():
+        d_sae = config.sae.width(d_in)
+        if sparsity.kind == "topk" and sparsity.k > d_sae:
+            raise ConfigError(
+                f"sae.sparsity.k: {sparsity.k} came, wanted at most the {d_sae} features of {point}"
+            )
+        if config.init_from is not None:
+            _check_start(plan, point, d_sae)
+
+
+def _check_start(plan: Plan, point: Hookpoint, d_sae: int) -> None:
+    """ConfigError where `init_from` holds another kind or size of SAE."""
+    config = plan.config
+    try:
+        folder = locate(config.init_from or "", str(point))
+        old = read_config(folder)
+    except SAEError as error:
+        raise type(error)(f"init_from: {error}") from None
+    pairs = {
+        "d_in": (old["d_in"], plan.widths[point]),
+        "d_sae": (old["d_sae"], d_sae),
+        "subtract_b_dec": (old["subtract_b_dec"], config.sae.subtract_b_dec),
+        "sparsity.kind": (old["sparsity"]["kind"], config.sae.sparsity.kind),
+    }
+    wrong = [f"{key} {came}, not {new}" for key, (came, new) in pairs.items() if came != new]
+    if wrong:
+        raise ConfigError(f"init_from: {folder} has {', '.join(wrong)}; make sae.* the same")
+
+
+def _check_room(plan: Plan) -> None:
+    """Refuse what cannot fit into the memory or onto the disk there is."""
+    needed, there = plan.memory_bytes(), _memory(plan.device)
+    if there is not None and needed > there:
+        widths, pool = plan.widths.values(), plan.config.optim.pool
+        largest = f"sae.d_sae: {max(map(plan.config.sae.width, widths)):,} features"
+        if plan.pool_bytes() > ADAM_COPIES * plan.disk_bytes():
+            largest = f"optim.pool: {pool:,} tokens of {sum(widths):,} activations"
+        raise ConfigError(
+            f"{largest} need {needed / 1e9:,.0f} GB of memory in all, {plan.device} has "
+            f"{there / 1e9:,.0f} GB; lower it, or train fewer hookpoints at a time"
+        )
+    above = next(p for p in (plan.output, *plan.output.absolute().parents) if p.exists())
+    free = shutil.disk_usage(above).free
+    if plan.disk_bytes() > free:
+        raise RunError(
+            f"output: {plan.output} needs {plan.disk_bytes() / 1e6:,.0f} MB, the disk has "
+            f"{free / 1e6:,.0f} MB left; make room or give --output another disk"
+        )
+
+
+def _memory(device: torch.device) -> int | None:
+    """Bytes of memory a device has in all; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # no sysconf on Windows
+        return None

@@ -1,0 +1,52 @@
+"""Bring dead features back: resampling, for sparsities with a penalty.
+
+(TopK's cure, the auxiliary loss, is part of its step: `losses.auxk`.)
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sae.autoencoder import SparseAutoencoder
+
+ENCODER_SHARE = 0.2
+"""A revived feature's encoder norm, as a share of the living ones' mean."""
+
+
+@torch.no_grad()
+def resample(
+    sae: SparseAutoencoder,
+    optimizer: torch.optim.Optimizer,
+    x: Float[Tensor, "batch d_in"],
+    y: Float[Tensor, "batch d_out"],
+    dead: Bool[Tensor, " d_sae"],
+    generator: torch.Generator,
+) -> int:
+    """Point dead features at what the others reconstruct worst; returns how many were moved.
+
+    Tokens are drawn with probability ∝ squared loss, without replacement. A feature's decoder row
+    becomes the direction of its token's residual (Bricken et al. 2023 take the token itself; the
+    residual leaves out what other features already say) at the living rows' mean norm, its encoder
+    column the same direction at ENCODER_SHARE of theirs, its bias 0, and Adam forgets its past.
+    """
+    residual = y - sae(x).recon
+    weights = residual.square().sum(1).square()
+    index = dead.nonzero().squeeze(1)[: int((weights > 0).sum())]
+    if len(index) == 0 or dead.all():
+        return 0
+    drawn = torch.multinomial(weights.cpu(), len(index), generator=generator).to(x.device)
+    directions = torch.nn.functional.normalize(residual[drawn], dim=1)
+    alive = ~dead
+    encoder_norm = sae.W_enc[:, alive].norm(dim=0).mean() * ENCODER_SHARE
+    sae.W_dec[index] = directions * sae.decoder_norms[alive].mean()
+    if sae.d_in == sae.d_out:
+        sae.W_enc[:, index] = (directions * encoder_norm).T
+    else:
+        towards = torch.nn.functional.normalize(x[drawn], dim=1)
+        sae.W_enc[:, index] = (towards * encoder_norm).T
+    sae.b_enc[index] = 0
+    for parameter, axis in ((sae.W_enc, 1), (sae.W_dec, 0), (sae.b_enc, 0)):
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name in optimizer.state[parameter]:
+                optimizer.state[parameter][name].index_fill_(axis, index, 0)
+    return len(index)

@@ -1,0 +1,129 @@
+"""A trained run, reopened: evaluate it, scan text for its features, look into a prompt."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sae import config as settings
+from sae import store
+from sae.autoencoder import SparseAutoencoder
+from sae.config import TrainConfig
+from sae.data import TokenBatch
+from sae.errors import RunError
+from sae.evaluation import Evaluation, evaluate
+from sae.features import prompt_features, scan
+from sae.hooks import Hookpoint
+from sae.planning import Inputs, open_inputs, pick_device, pick_dtype
+from sae.store import Run
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A run with its model and text at hand; `folders` holds the chosen SAEs by hookpoint."""
+
+    run: Run
+    config: TrainConfig
+    inputs: Inputs
+    folders: dict[Hookpoint, Path]
+
+    def autoencoders(self) -> dict[Hookpoint, SparseAutoencoder]:
+        """The SAEs, for raw activations, on the model's device."""
+        return {
+            point: SparseAutoencoder.from_pretrained(folder, device=self.inputs.device)
+            for point, folder in self.folders.items()
+        }
+
+    def rows(self, *, heldout: bool) -> Iterator[TokenBatch]:
+        """One pass over the held-out or the training text, for reading (not in training order)."""
+        batch = self.config.optim.llm_batch
+        if heldout:
+            return self.inputs.source.heldout(batch)
+        return self.inputs.source.train(batch, repeat=False)
+
+
+def open_run(path: str | Path, sae: str | None = None, device: str = "auto") -> OpenRun:
+    """Open a run and all its SAEs, or the one named `sae`.
+
+    Raises:
+        RunError: no run there, or no such SAE.
+        ModelError, DataError: its model or text is gone.
+    """
+    run = Run(path)
+    config = settings.load(run.config_path)
+    chosen = [run.sae(sae)] if sae is not None else list(run.saes().values()) or [run.sae()]
+    hookpoints = {_hookpoint(folder): folder for folder in chosen}
+    inputs = open_inputs(config, pick_device(device))
+    return OpenRun(run, config, inputs, hookpoints)
+
+
+def _hookpoint(folder: Path) -> Hookpoint:
+    name = store.read_manifest(folder).get("hookpoint")
+    if not isinstance(name, str):
+        raise RunError(f"{folder / store.MANIFEST} does not say which hookpoint the SAE is for")
+    return Hookpoint.parse(name)
+
+
+def evaluate_run(
+    opened: OpenRun,
+    *,
+    n_tokens: int | None = None,
+    ks: tuple[int, ...] = (),
+    progress: Progress | None = None,
+) -> dict[Hookpoint, Evaluation]:
+    """Evaluate every opened SAE on held-out text and write eval.json beside its weights."""
+    found = evaluate(
+        opened.inputs.lm.model,
+        opened.autoencoders(),
+        opened.rows(heldout=True),
+        n_tokens=n_tokens or opened.config.data.eval_tokens,
+        ks=ks,
+        baselines=True,
+        progress=progress,
+    )
+    for point, evaluation in found.items():
+        folder = opened.folders[point]
+        result = {"sae_sha256": store.sha256(folder / store.WEIGHTS)} | _origin(opened)
+        store.write_json(folder / "eval.json", result | evaluation.to_dict())
+    return found
+
+
+def scan_run(
+    opened: OpenRun, *, n_tokens: int, progress: Progress | None = None
+) -> dict[Hookpoint, Path]:
+    """Scan training text and write the feature dictionary of every opened SAE."""
+    written = scan(
+        opened.inputs.lm.model,
+        opened.inputs.lm.tokenizer,
+        {str(point): folder for point, folder in opened.folders.items()},
+        opened.rows(heldout=False),
+        n_tokens,
+        source=_origin(opened),
+        dtype=pick_dtype(opened.config.model.dtype, opened.inputs.device),
+        progress=progress,
+    )
+    return {point: written[str(point)] for point in opened.folders}
+
+
+def features_of(
+    opened: OpenRun, text: str, k: int = 5
+) -> dict[Hookpoint, list[tuple[str, list[tuple[int, float]]]]]:
+    """The `k` strongest features on each token of a text: (piece, [(feature, activation), …])."""
+    lm = opened.inputs.lm
+    return {
+        point: prompt_features(lm.model, lm.tokenizer, autoencoder, str(point), text, k)
+        for point, autoencoder in opened.autoencoders().items()
+    }
+
+
+def _origin(opened: OpenRun) -> dict[str, Any]:
+    lm, source = opened.inputs.lm, opened.inputs.source
+    return {
+        "model": lm.name,
+        "revision": lm.revision,
+        "data": source.name,
+        "data_fingerprint": source.fingerprint,
+        "context": opened.config.data.context,
+    }

@@ -1,0 +1,401 @@
+"""The command line: every verb end to end on a tiny model, and every mistake in few words.
+
+A mistake costs at most three lines and exit code 2, names what was wrong, what came and what to do,
+and leaves every file as it was.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from tiny import TOKENS, overrides, save
+
+import sae
+from sae import cli, planning, training
+from sae.autoencoder import SparseAutoencoder
+from sae.records import FeatureDictionary
+from sae.store import Run, sha256
+
+
+def flags(folder: Path, **changes: str) -> list[str]:
+    """The options of a quick training run, each as two arguments."""
+    given = overrides(folder) | {k.replace("__", "."): v for k, v in changes.items()}
+    return [part for name, value in given.items() for part in (f"--{name}", value)]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder with a model, texts, broken things and a trained, evaluated and scanned run."""
+
+    folder: Path
+    said: str
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "run"
+
+    def files(self) -> dict[Path, str]:
+        """Every file and the hash of what it holds."""
+        found = (p for p in self.folder.rglob("*") if not p.is_dir())
+        return {p: sha256(p) for p in found}
+
+    def fill(self, text: str) -> str:
+        return text.replace("@", str(self.folder) + "/")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    folder = save(tmp_path_factory.mktemp("cli"))
+    (folder / "empty").mkdir()
+    (folder / "empty" / "a.txt").write_text("  \n")
+    (folder / "rows.jsonl").write_text('{"body": "the cat sat"}\n' * 3)
+    (folder / "file").write_text("mine")
+    (folder / "typo.yaml").write_text("optim:\n  lrr: 1e-3\nsede: 1\n")
+    (folder / "broken.yaml").write_text("optim: [1\n")
+    done = python("-m", "sae.cli", "train", *flags(folder, seed="7"))
+    assert done.returncode == 0, done.stderr
+    return Place(folder, done.stdout)
+
+
+def python(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """A process of its own, in which this package is found whatever the folder."""
+    env = os.environ | {"PYTHONPATH": str(Path(sae.__path__[0]).parent)}
+    return subprocess.run(
+        [sys.executable, *args], cwd=cwd, env=env, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def scanned(place: Place) -> Place:
+    """The run once its features are written."""
+    assert cli.main(["features", str(place.run), "--tokens", "1500", "--device", "cpu"]) == 0
+    return place
+
+
+TRAIN = object()
+"""Stands for the options of a run that would succeed."""
+
+MISTAKES = {
+    "unknown verb": (["tran"], ["no verb 'tran'", "did you mean 'train'"]),
+    "unknown flag": ([TRAIN, "--optim.lrate", "3"], ["--optim.lrate", "no such option"]),
+    "flag of a group": ([TRAIN, "--expansion-factor", "4"], ["mean --sae.expansion_factor"]),
+    "unknown key": (["train", "@typo.yaml"], ["optim.lrr: ", "'optim.lr'", "sede", "'seed'"]),
+    "broken YAML": (["train", "@broken.yaml"], ["broken.yaml line", "not valid YAML"]),
+    "missing config": (["train", "@type.yaml"], ["type.yaml: no such file", "'typo.yaml'"]),
+    "two configs": (["train", "@typo.yaml", "more.yaml"], ["more.yaml"]),
+    "wrong type": ([TRAIN, "--tokens", "many"], ["tokens", '"many"', "whole number"]),
+    "no value": ([TRAIN, "--seed"], ["--seed", "value is missing"]),
+    "unknown layer": ([TRAIN, "--hookpoints", "layers.9.mlp_act"], ["layers.9", "layers 0-1"]),
+    "unknown site": ([TRAIN, "--hookpoints", "layers.1.mlp_acts"], ["'layers.1.mlp_act'"]),
+    "no model folder": ([TRAIN, "--model.name", "@texts"], ["model.name", "no config.json"]),
+    "model not there": ([TRAIN, "--model.name", "@modl"], ["@modl", "/model'"]),
+    "data not there": ([TRAIN, "--data.source", "@row.jsonl"], ["@row.jsonl", "rows.jsonl'"]),
+    "no text column": ([TRAIN, "--data.source", "@rows.jsonl"], ["'text'", "columns are body"]),
+    "empty data": ([TRAIN, "--data.source", "@empty"], ["data.source", "holds no text"]),
+    "too little data": ([TRAIN, "--tokens", "1e6"], ["1,000,000 wanted", "--data.repeat true"]),
+    "long context": ([TRAIN, "--data.context", "64"], ["data.context: 64", "at most 32"]),
+    "d_sae 0": ([TRAIN, "--sae.d_sae", "0"], ["sae.d_sae: 0 came", "at least 1"]),
+    "k above d_sae": ([TRAIN, "--sae.sparsity.k", "99"], ["sae.sparsity.k: 99", "at most", "48"]),
+    "negative lr": ([TRAIN, "--optim.lr", "-1e-3"], ["optim.lr", "-0.001 came", "above 0"]),
+    "NaN lr": ([TRAIN, "--optim.lr", "nan"], ["optim.lr", "nan", "a number above 0"]),
+    "minus infinity": ([TRAIN, "--optim.lr", "-inf"], ["optim.lr", "-inf", "a number above 0"]),
+    "negative l1": (
+        ["train", "--sae.sparsity.l1", "-5"], ["sae.sparsity.l1: -5 came", "at least 0"],
+    ),
+    "batch above pool": (
+        [TRAIN, "--optim.batch", "1024"], ["optim.batch: 1024", "optim.pool (512)"],
+    ),
+    "pool below a pass": ([TRAIN, "--optim.pool", "100"], ["optim.pool: 100", "at least 192"]),
+    "too large": ([TRAIN, "--sae.d_sae", "9000000000"], ["sae.d_sae: 9,000,0", "GB of memory"]),
+    "unwritable": ([TRAIN, "--output", "@file/run"], ["@file is a file", "--output"]),
+    "output is taken": ([TRAIN, "--output", "@texts"], ["@texts exists already", "--output"]),
+    "no such GPU": ([TRAIN, "--device", "cuda:77"], ["device: cuda:77", "give cpu or auto"]),
+    "start of another size": (
+        [TRAIN, "--init-from", "@run", "--sae.d-sae", "50"], ["init_from", "d_sae 48, not 50"],
+    ),
+    "no start": ([TRAIN, "--init_from", "@none"], ["init_from: @none: no such folder"]),
+    "no run": (["top", "@texts"], ["@texts is not a run", "config.yaml"]),
+    "no folder": (["evaluate", "@gone"], ["@gone is not a run", "no such folder"]),
+    "run not named": (["features"], ["required: RUN", "sae features --help"]),
+    "no such SAE": (["features", "@run", "--sae", "layers.1.mlp_out"], ["'layers.1.mlp_act'"]),
+    "unknown device": (["evaluate", "@run", "--device", "gpu"], ["device: gpu", "cuda:N"]),
+    "no count": (["features", "@run", "--tokens", "1,00"], ["--tokens", "'1,00'", "whole number"]),
+    "several counts in one": (["evaluate", "@run", "--k", "8,16"], ["--k", "'8,16'"]),
+    "out of range": (["top", "@run", "--feature", "48"], ["feature 48", "0–47"]),
+    "no feature": (["top", "@run", "--feature", "one"], ["'one'", "1,5,10-20"]),
+    "unknown sort": (["top", "@run", "--sort", "size"], ["--sort size", "density"]),
+    "not found": (["top", "@run", "--search", "xyzzy"], ["--search xyzzy", "shorter"]),
+    "limit 0": (["top", "@run", "--limit", "0"], ["--limit", "'0'", "at least 1"]),
+    "flag with a slip": (["top", "@run", "--feture", "1"], ["--feture", "'--feature'"]),
+    "two questions": (["top", "@run", "--text", "a", "--feature", "1"], ["--feature and --text"]),
+    "long text": (["top", "@run", "--text", "cat " * 99], ["99 tokens", "1 to 32"]),
+    "empty text": (["top", "@run", "--text", ""], ["0 tokens"]),
+    "no format": (["export", "@run", "--out", "@x"], ["--format is missing"]),
+    "unknown format": (
+        ["export", "@run", "--format", "parket", "--out", "@x"], ["--format parket", "'parquet'"],
+    ),
+    "export is taken": (
+        ["export", "@run", "--format", "csv", "--out", "@texts"], ["@texts already exists"],
+    ),
+    "export below a file": (
+        ["export", "@run", "--format", "csv", "--out", "@file/x"], ["@file", "check the path"],
+    ),
+    "part of a top-k": (
+        ["export", "@run", "--format", "safetensors", "--out", "@x", "--feature", "1"],
+        ["--feature", "compete"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("args", "words"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes(
+    scanned: Place, args: list, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["train", *flags(scanned.folder, output="@new")] if args[0] is TRAIN else args[:1]
+    before = scanned.files()
+    assert cli.main([scanned.fill(arg) for arg in [*given, *args[1:]]]) == 2
+    out, err = capsys.readouterr()
+    assert scanned.files() == before
+    for word in words:
+        assert scanned.fill(word) in err
+    mistakes = 2 if "sede" in words else 1
+    assert 1 <= len(err.splitlines()) <= 3 * mistakes and "Traceback" not in err
+    assert all(line.startswith("sae: ") for line in err.splitlines())
+    assert "trained" not in out and "written" not in out
+
+
+def test_several_mistakes_are_a_line_each(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = ["--optim.lrr", "1", "--tokens", "many", "--seed", "-1", "--sae.sparsity.kind", "lasso"]
+    assert cli.main(["train", "--seeed=3", *wrong]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[1] for line in lines[:2]] == ["--seeed:", "--optim.lrr:"]
+    rest = ["sae.sparsity.kind:", "seed:", "tokens:"]
+    assert sorted(line.split()[1] for line in lines[2:]) == rest
+    assert cli.main(["top", str(place.run), "--feture", "1", "--limt", "3"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["evalute", "x"], "did you mean 'evaluate'"),
+        (["train", "--tokens", "0"], "tokens: 0 came, wanted a whole number of at least 1"),
+        (["top", "nowhere"], "nowhere is not a run"),
+    ],
+)
+def test_mistakes_in_a_process_of_their_own(args: list[str], words: str, tmp_path: Path) -> None:
+    done = python("-m", "sae.cli", *args, cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert words in done.stderr and len(done.stderr.splitlines()) <= 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_our_own_mistakes_are_one_line_too_and_debug_shows_where(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(config) -> None:
+        raise error
+
+    monkeypatch.setattr(planning, "plan", fail)
+    for error, code, words in (
+        (ZeroDivisionError("x"), 1, "unexpected ZeroDivisionError: x\nsae:   this is our mistake"),
+        (OSError(28, "No space left on device", "/x"), 2, "/x: No space left on device"),
+        (RuntimeError("can't allocate memory: 9 bytes"), 2, "lower optim.pool"),
+    ):
+        assert cli.main(["train", *flags(place.folder)]) == code
+        assert words in capsys.readouterr().err
+        with pytest.raises(type(error)):
+            cli.main(["train", *flags(place.folder), "--debug"])
+    error = KeyboardInterrupt()
+    assert cli.main(["train", *flags(place.folder)]) == 130
+
+
+def test_help_is_there_for_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == cli.main(["--help"]) == cli.main(["--version"]) == 0
+    out = capsys.readouterr().out
+    assert all(
+        f"  sae {verb}" in out for verb in ("train", "evaluate", "features", "top", "export")
+    )
+    for verb in cli.VERBS:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([verb, "--help"])
+        assert stopped.value.code == 0 and f"usage: sae {verb}" in capsys.readouterr().out
+
+
+def test_help_and_import_do_without_torch() -> None:
+    program = """
+import sys, sae
+heavy = {"torch", "transformers", "datasets", "numpy", "pyarrow"}
+assert not heavy & sys.modules.keys(), "import sae"
+from sae import cli
+assert cli.main(["--help"]) == 0
+assert not heavy & sys.modules.keys(), "sae --help"
+for verb in cli.VERBS:
+    try: cli.main([verb, "--help"])
+    except SystemExit: pass
+    assert not heavy & sys.modules.keys(), verb
+assert cli.main(["train", "--seed", "x"]) == 2
+assert not heavy & sys.modules.keys(), "a mistake in the settings"
+print("light")
+"""
+    done = python("-c", program)
+    assert done.stdout.endswith("light\n"), done.stderr
+
+
+def test_a_reader_that_leaves_early_is_no_error(place: Place) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "sae.cli", "train", "--help"],
+        stdout=write, stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    os.close(write)
+    assert done.returncode == 0 and done.stderr == ""
+
+
+def test_training_says_what_it_does_and_what_is_next(place: Place) -> None:
+    said = place.said
+    assert "SAE     layers.1.mlp_act: 24 → 48 features, topk k 4" in said
+    assert "row " in said and f"trained {place.run}\nnext: sae evaluate {place.run};" in said
+    assert yaml.safe_load((place.run / "config.yaml").read_text())["tokens"] == TOKENS
+
+
+@pytest.mark.parametrize("kind", ["relu_l1", "topk"])
+def test_from_training_to_export(
+    place: Place, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(tmp_path / "my run")
+    options = flags(place.folder, output=run)
+    if kind == "relu_l1":
+        del options[options.index("--sae.sparsity.k") :][:2]
+        at = options.index("--sae.sparsity.k")
+        options[at : at + 2] = ["--sae.sparsity.kind", "relu_l1", "--sae.sparsity.l1=0.5"]
+    assert cli.main(["train", *options]) == 0
+    assert f"sae top '{run}'" in capsys.readouterr().out
+    assert cli.main(["evaluate", run, "--tokens", "500", "--k", "2", "6", "--device=cpu"]) == 0
+    out, err = capsys.readouterr()
+    assert "FVU" in out and "6 neurons" in out and "all neurons" in out
+    assert re.match(r"evaluating 5\d\d/500 ", err)
+    result = json.loads((Run(run).sae() / "eval.json").read_text())
+    assert result["n_tokens"] >= 500 and result["cross_entropy"] is not None
+    assert cli.main(["features", run, "--tokens", "1_000"]) == 0
+    out, err = capsys.readouterr()
+    assert f"written {Run(run).sae() / 'features'}" in out
+    assert re.match(r"scanning 1,\d\d\d/1,000 ", err)
+    look_around(run, capsys)
+    write_everywhere(run, tmp_path, capsys)
+
+
+def look_around(run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """`sae top` in all its ways."""
+    dictionary = FeatureDictionary(Run(run).features())
+    strongest, *_ = dictionary.ranked()
+    word = dictionary.records([strongest])[0].top_tokens[0].piece.strip()
+    for args, words in (
+        ([], ["strongest example", f"--feature {strongest}"]),
+        (["--sort", "density", "--limit", "3"], ["next: sae top"]),
+        (["--feature", str(strongest)], [f"Feature {strongest}", "layers.1.mlp_act of", "next:"]),
+        (["--feature", f"{strongest},{(strongest + 1) % 48}"], ["strongest example"]),
+        (["--search", word.upper()], [word]),
+        (["--sample", "0", "--limit", "4"], ["strongest example"]),
+        (["--text", "--a-b cat"], ["layers.1.mlp_act", "features (activation)"]),
+        (["--text=-5 mats"], ["features (activation)"]),
+    ):
+        assert cli.main(["top", run, *args]) == 0
+        out = capsys.readouterr().out
+        assert all(word in out for word in words), (args, out)
+
+
+def write_everywhere(run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`sae export` to every format."""
+    for name in ("parquet", "jsonl", "csv", "safetensors"):
+        out = tmp_path / name
+        assert cli.main(["export", run, "--format", name, "--out", str(out)]) == 0
+        assert f"written {out}\nnext: " in capsys.readouterr().out
+        assert (out / "manifest.json").is_file()
+    assert pq.read_table(tmp_path / "parquet" / "features.parquet").num_rows == 48
+    rows = (tmp_path / "jsonl" / "features.jsonl").read_text().splitlines()
+    assert [json.loads(row)["feature"] for row in rows] == list(range(48))
+    assert SparseAutoencoder.from_pretrained(tmp_path / "safetensors").d_sae == 48
+    args = ["export", run, "--format", "jsonl", "--out", str(tmp_path / "two"), "--feature", "3,7"]
+    assert cli.main(args) == 0
+    assert len((tmp_path / "two" / "features.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_dry_run_writes_nothing(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    before = place.files()
+    for option in ("--dry-run", "--dry_run"):
+        assert cli.main(["train", *flags(place.folder, output="new"), option]) == 0
+        out = capsys.readouterr().out
+        assert re.search(r"time    about .+ \([\d,]+ tokens/s\)", out) and "nothing was" in out
+    assert list(tmp_path.iterdir()) == [] and place.files() == before
+
+
+def test_one_config_gives_one_result_from_a_file_or_from_flags(
+    place: Place, tmp_path: Path
+) -> None:
+    """config.yaml of a run trains the same weights again, and so do flags spelled another way."""
+    weights = sha256(place.run / "saes" / "layers.1.mlp_act" / "sae.safetensors")
+    again = tmp_path / "again"
+    assert cli.main(["train", str(place.run / "config.yaml"), "--output", str(again)]) == 0
+    assert sha256(Run(again).sae() / "sae.safetensors") == weights
+
+
+@pytest.mark.parametrize(
+    "option", [["--sae.expansion-factor", "3"], ["--sae.expansion_factor=3"]], ids=str
+)
+def test_dashes_and_underscores_are_one(
+    place: Place, option: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--sae.d_sae", "null", "--output", str(place.folder / "new"), "--dry-run"]
+    assert cli.main(["train", *flags(place.folder), *given, *option]) == 0
+    assert "24 → 72 features" in capsys.readouterr().out
+
+
+def test_lists_may_be_given_in_parts(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--output", str(place.folder / "new"), "--dry-run"]
+    assert (
+        cli.main(["train", *flags(place.folder), *given, "--hookpoints", "layers.0.mlp_out"]) == 0
+    )
+    out = capsys.readouterr().out
+    assert "layers.1.mlp_act: 24 → 48" in out and "layers.0.mlp_out: 16 → 48" in out
+    assert cli.main(["train", *flags(place.folder), "--optim.betas", "-1", "0.5"]) == 2
+    assert "optim.betas: [-1, 0.5] came" in capsys.readouterr().err
+
+
+def test_training_goes_on_from_another_run(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def first_fvu(run: Path) -> float:
+        return json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["fvu"]
+
+    second = tmp_path / "second"
+    options = flags(place.folder, output=str(second))
+    assert cli.main(["train", *options, "--init-from", str(place.run)]) == 0
+    assert first_fvu(second) < first_fvu(place.run)
+
+
+def test_after_ctrl_c_the_run_is_there(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def stop(self, tokens: int, rows: dict) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training.Log, "write", stop)
+    run = str(tmp_path / "run")
+    assert cli.main(["train", *flags(place.folder, output=run)]) == 130
+    out = capsys.readouterr().out
+    assert f"stopped after 64 of {TOKENS:,} tokens" in out and f"sae top {run}" in out
+    assert SparseAutoencoder.from_pretrained(run).d_sae == 48

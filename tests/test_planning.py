@@ -1,0 +1,131 @@
+"""A plan refuses, before any time is spent and without writing, whatever could fail later on."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import BATCH, CONTEXT, RELU, TOKENS, planned, save
+
+from sae import planning
+from sae.autoencoder import SparseAutoencoder
+from sae.errors import ConfigError, DataError, HookpointError, RunError
+from sae.sparsity import ReluL1, TopK
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("planning"))
+
+
+def files(folder: Path) -> set[Path]:
+    return set(folder.rglob("*"))
+
+
+def test_a_plan_says_what_it_reads_makes_and_needs(folder: Path) -> None:
+    before = files(folder)
+    made = planned(folder)
+    lines = dict(made.lines())
+    assert [str(p) for p in made.hookpoints] == ["layers.1.mlp_act"]
+    assert lines["SAE"] == "layers.1.mlp_act: 24 → 48 features, topk k 4"
+    assert lines["tokens"].startswith(f"{TOKENS:,} needed")
+    assert made.source.fingerprint in lines["text"] and str(folder / "run") in lines["disk"]
+    assert made.disk_bytes() == 4 * (2 * 24 * 48 + 48 + 24)
+    assert files(folder) == before
+
+
+@pytest.mark.parametrize("changes", [{}, RELU], ids=["topk", "relu_l1"])
+def test_an_estimate_is_a_time_and_a_speed(folder: Path, changes: dict) -> None:
+    before = files(folder)
+    ((name, value),) = planning.estimate(planned(folder, changes))
+    assert name == "time"
+    assert re.fullmatch(r"about [\d.]+ (s|min|h) \([\d,]+ tokens/s\)", value), value
+    assert files(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.2, "0 s"), (99, "99 s"), (150, "2 min"), (9000, "2.5 h")]
+)
+def test_durations_are_in_the_unit_people_use(seconds: float, words: str) -> None:
+    assert planning._duration(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"hookpoints": "layers.7.mlp_act"}, HookpointError, "layers 0-1"),
+        ({"data.context": str(2 * CONTEXT)}, DataError, f"at most {CONTEXT}"),
+        ({"tokens": "1000000"}, DataError, "--data.repeat true"),
+        ({"optim.pool": str(BATCH)}, ConfigError, f"at least {BATCH + 4 * CONTEXT}"),
+        ({"sae.d_sae": "null", "sae.sparsity.k": "500"}, ConfigError, "192 features"),
+        ({"sae.d_sae": "999999999999"}, ConfigError, "GB of memory"),
+        ({"optim.pool": "99999999999999"}, ConfigError, "optim.pool: 99,999,999,999,999 tokens"),
+        ({"device": "cuda:99"}, ConfigError, "give cpu or auto"),
+        ({"init_from": "nowhere"}, RunError, "init_from: nowhere: no such folder"),
+    ],
+)
+def test_what_would_fail_later_is_refused(
+    folder: Path, changes: dict[str, str], error: type[Exception], words: str
+) -> None:
+    before = files(folder)
+    with pytest.raises(error, match=re.escape(words)):
+        planned(folder, changes)
+    assert files(folder) == before
+
+
+def test_a_pool_of_just_the_needed_size_is_planned(folder: Path) -> None:
+    assert planned(folder, {"optim.pool": str(BATCH + 4 * CONTEXT)}).config.optim.pool
+
+
+def test_a_short_text_may_be_repeated(folder: Path) -> None:
+    assert planned(folder, {"tokens": "1000000", "data.repeat": "true"}).config.tokens == 1_000_000
+
+
+def test_outputs_that_cannot_be_are_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for name, words in (
+        ("file", "exists already"),
+        ("full", "exists already"),
+        ("link", "exists already"),
+        ("file/below/it", "is a file"),
+        ("n" * 300, "cannot be used"),
+    ):
+        with pytest.raises(RunError, match=words):
+            planned(folder, {"output": str(tmp_path / name)})
+    assert (tmp_path / "full" / "file").read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    assert planned(folder, {"output": str(tmp_path / "empty")}).output == tmp_path / "empty"
+
+
+def test_a_full_disk_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type("usage", (), {"free": 100})
+    monkeypatch.setattr(planning.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(RunError, match="make room"):
+        planned(folder)
+
+
+def test_weights_to_start_from_must_be_of_the_same_kind_and_size(
+    folder: Path, tmp_path: Path
+) -> None:
+    SparseAutoencoder(24, 48, TopK(4)).save_pretrained(tmp_path / "same")
+    SparseAutoencoder(24, 40, ReluL1(1), subtract_b_dec=False).save_pretrained(tmp_path / "other")
+    assert planned(folder, {"init_from": str(tmp_path / "same")}).config.init_from
+    with pytest.raises(ConfigError) as caught:
+        planned(folder, {"init_from": str(tmp_path / "other")})
+    for words in ("d_sae 40, not 48", "subtract_b_dec False, not True", "relu_l1, not topk"):
+        assert words in str(caught.value)
+
+
+def test_devices_and_types() -> None:
+    cpu = torch.device("cpu")
+    assert planning.pick_device("cpu") == cpu
+    assert planning.pick_device("auto").type in ("cpu", "cuda")
+    for name in ("gpu", "cuda:", "cuda:x", "meta", "mps:0"):
+        with pytest.raises(ConfigError, match="wanted auto, cpu, cuda or cuda:N"):
+            planning.pick_device(name)
+    assert planning.pick_dtype("float32", cpu) == torch.float32
+    assert planning.pick_dtype("bfloat16", cpu) == torch.bfloat16
+    assert planning.pick_dtype("auto", cpu) in (torch.float32, torch.bfloat16)

@@ -1,0 +1,130 @@
+"""A run reopens from its folder alone: which SAEs, evaluated, scanned and asked about a text."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import TOKENS, planned, save
+
+from sae import runs, store, training
+from sae.errors import DataError, HookpointError, RunError
+from sae.hooks import Hookpoint
+from sae.records import FeatureDictionary
+from sae.store import Run, read_manifest
+
+FIRST, SECOND = Hookpoint("layers.0.mlp_act"), Hookpoint("layers.1.mlp_act")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = save(tmp_path_factory.mktemp("runs"))
+    return training.train(planned(folder, {"hookpoints": "layers.*.mlp_act"}))
+
+
+@pytest.fixture
+def copy(run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run, tmp_path / "copy"))
+
+
+def test_a_run_opens_all_its_saes_or_one(run: Path) -> None:
+    opened = runs.open_run(run, device="cpu")
+    assert list(opened.folders) == [FIRST, SECOND]
+    assert opened.config.tokens == TOKENS
+    one = runs.open_run(str(run), "layers.1.mlp_act", "cpu")
+    assert {point: sae.d_sae for point, sae in one.autoencoders().items()} == {SECOND: 48}
+
+
+def test_no_held_out_document_is_trained_on(run: Path) -> None:
+    opened = runs.open_run(run, device="cpu")
+    sides = []
+    for heldout in (True, False):
+        rows = list(opened.rows(heldout=heldout))
+        sides.append({int(d) for batch in rows for d in batch.document.flatten()})
+    assert sides[0] and sides[1] and not sides[0] & sides[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("layers.1.mlp_out", "did you mean 'layers.1.mlp_act'"), ("x", "it has layers.0.mlp_act")],
+)
+def test_an_sae_that_is_not_there_is_named(run: Path, name: str, words: str) -> None:
+    with pytest.raises(RunError, match=words):
+        runs.open_run(run, name)
+
+
+def test_broken_runs_say_what_is_missing(copy: Path) -> None:
+    sae = Run(copy).sae("layers.0.mlp_act")
+    manifest = read_manifest(sae)
+    store.write_json(sae / "manifest.json", {"format": 1})
+    with pytest.raises(RunError, match="does not say which hookpoint"):
+        runs.open_run(copy)
+    store.write_json(sae / "manifest.json", manifest | {"hookpoint": "layer 0"})
+    with pytest.raises(HookpointError, match="layer 0"):
+        runs.open_run(copy)
+    (sae / "manifest.json").unlink()
+    with pytest.raises(RunError, match="is not complete"):
+        runs.open_run(copy)
+    shutil.rmtree(copy / "saes")
+    with pytest.raises(RunError, match="holds no SAE"):
+        runs.open_run(copy)
+    (copy / "config.yaml").unlink()
+    with pytest.raises(RunError, match="it has no config"):
+        runs.open_run(copy)
+    with pytest.raises(RunError, match="no such folder"):
+        runs.open_run(copy / "gone")
+
+
+def test_an_evaluation_is_returned_and_written(copy: Path) -> None:
+    told: list[int] = []
+    opened = runs.open_run(copy, device="cpu")
+    found = runs.evaluate_run(opened, ks=(2,), progress=told.append)
+    for point, evaluation in found.items():
+        written = json.loads((opened.folders[point] / "eval.json").read_text())
+        assert written["fvu"]["value"] == evaluation.fvu.value
+        assert written["hookpoint"] == str(point)
+        assert written["sae_sha256"] == store.sha256(opened.folders[point] / store.WEIGHTS)
+        assert written["data_fingerprint"] == opened.inputs.source.fingerprint
+        assert evaluation.n_tokens >= opened.config.data.eval_tokens == 500
+        assert {row.k for row in evaluation.baseline} == {2, 4}
+        assert sum(told) == evaluation.n_tokens
+
+
+def test_a_scan_writes_a_dictionary_for_each_sae(copy: Path) -> None:
+    told: list[int] = []
+    opened = runs.open_run(copy, device="cpu")
+    written = runs.scan_run(opened, n_tokens=700, progress=told.append)
+    assert sum(told) >= 700 > sum(told[:-1])
+    for point, folder in written.items():
+        assert folder == Run(copy).features(str(point))
+        assert len(FeatureDictionary(folder)) == 48
+        manifest = read_manifest(folder)
+        assert manifest["hookpoint"] == str(point) and manifest["tokens"] == sum(told)
+        assert manifest["model"] == opened.inputs.lm.name
+
+
+def test_a_text_of_ones_own(run: Path) -> None:
+    opened = runs.open_run(run, device="cpu")
+    found = runs.features_of(opened, "the old cat", k=3)
+    assert list(found) == [FIRST, SECOND]
+    lm, sae = opened.inputs.lm, opened.autoencoders()[SECOND]
+    ids = torch.tensor([lm.tokenizer("the old cat")["input_ids"]])
+    x = runs_activations(lm.model, SECOND, ids)
+    values, features = sae.encode(x).topk(3, dim=1)
+    assert "".join(piece for piece, _ in found[SECOND]) == "the old cat"
+    for (_, pairs), value, feature in zip(found[SECOND], values, features, strict=True):
+        live = int((value > 0).sum())
+        assert [f for f, _ in pairs] == feature[:live].tolist()
+        assert [act for _, act in pairs] == pytest.approx(value[:live].tolist(), rel=1e-4)
+    for text in ("", "cat " * 100):
+        with pytest.raises(DataError, match="the model reads 1 to 32"):
+            runs.features_of(opened, text)
+
+
+def runs_activations(model, point: Hookpoint, ids: torch.Tensor) -> torch.Tensor:
+    from sae.hooks import capture
+
+    with torch.no_grad(), capture(model, [point]) as acts:
+        model(ids)
+    return acts[point][0]

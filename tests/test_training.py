@@ -1,0 +1,143 @@
+"""One forward pass of the language model serves all SAEs, they learn, the log is complete, and what
+was learnt survives Ctrl-C."""
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from tiny import BATCH, CONTEXT, RELU, TOKENS, llama, planned, save
+
+from sae import config, training
+from sae.autoencoder import SparseAutoencoder
+from sae.planning import Plan
+from sae.store import Run, read_manifest, sha256
+
+BOTH = {"hookpoints": "layers.*.mlp_act"}
+METRICS = {"loss", "mse", "fvu", "l0", "dead", "revived", "lr", "sequences"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("training"), llama())
+
+
+def counted(plan: Plan) -> tuple[Counter[str], Path]:
+    """Train, and count forward passes, token batches and reports."""
+    counts: Counter[str] = Counter()
+
+    def batches(*args, **kwargs):
+        for rows in type(plan.source).train(plan.source, *args, **kwargs):
+            counts["batches"] += 1
+            yield rows
+
+    plan.source.train = batches
+    hook = plan.lm.model.register_forward_pre_hook(lambda *_: counts.update(["forward"]))
+    with_report = training.train(plan, lambda *_: counts.update(["report"]))
+    hook.remove()
+    return counts, with_report
+
+
+def test_two_saes_learn_from_one_forward_pass_a_batch(folder: Path, tmp_path: Path) -> None:
+    one, _ = counted(planned(folder, {"output": str(tmp_path / "one")}))
+    two, run = counted(planned(folder, BOTH | {"output": str(tmp_path / "two")}))
+    assert one == two
+    assert two["forward"] == two["batches"] <= TOKENS // (4 * CONTEXT) + 6  # the pool is read ahead
+    assert list(Run(run).saes()) == ["layers.0.mlp_act", "layers.1.mlp_act"]
+
+
+@pytest.mark.parametrize("changes", [{}, RELU], ids=["topk", "relu_l1"])
+def test_loss_falls_and_the_log_is_complete(folder: Path, tmp_path: Path, changes: dict) -> None:
+    reported = []
+    plan = planned(folder, BOTH | changes | {"output": str(tmp_path / "run"), "optim.lr": "0.01"})
+    run = training.train(plan, lambda tokens, rows: reported.append((tokens, rows)))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    names = [str(point) for point in plan.hookpoints]
+    assert [(row["tokens"], row["hookpoint"]) for row in rows] == [
+        (tokens, name) for tokens, _ in reported for name in names
+    ]
+    assert [tokens for tokens, _ in reported] == [BATCH, 21 * BATCH, TOKENS]
+    for row in rows:
+        assert row.keys() == METRICS | {"tokens", "seconds", "hookpoint"}
+        assert row["seconds"] >= 0 and 1 <= row["sequences"] <= BATCH and row["l0"] <= 48
+    for name in names:
+        first, *_, last = [row for row in rows if row["hookpoint"] == name]
+        assert last["fvu"] < 0.7 * first["fvu"]
+        assert last["mse"] < first["mse"]
+    assert config.load(run / "config.yaml") == plan.config
+
+
+def test_the_saved_weights_take_raw_activations(folder: Path, tmp_path: Path) -> None:
+    """The stored SAE does on raw activations what the last logged step did on scaled ones."""
+    from sae.activations import read
+
+    fvu = []
+    plan = planned(folder, {"output": str(tmp_path / "run"), "optim.lr": "0.01"})
+    run = training.train(plan, lambda _, rows: fvu.append(rows["layers.1.mlp_act"]["fvu"]))
+    sae = SparseAutoencoder.from_pretrained(run)
+    (point,) = plan.hookpoints
+    x = read(plan.lm.model, [point], next(plan.source.heldout(8)), plan.dtype)[0][point]
+    missed = (sae(x).recon - x).square().sum() / (x - x.mean(0)).square().sum()
+    assert missed.item() == pytest.approx(fvu[-1], rel=0.3)
+    manifest = read_manifest(Run(run).sae())
+    assert manifest["tokens"] == TOKENS and manifest["interrupted"] is False
+    assert manifest["hookpoint"] == str(point) and manifest["model"] == str(folder / "model")
+    assert manifest["data_fingerprint"] == plan.source.fingerprint
+
+
+def test_one_seed_gives_one_result_and_another_seed_another(folder: Path, tmp_path: Path) -> None:
+    hashes = []
+    for number, seed in enumerate("001"):
+        changes = {"output": str(tmp_path / str(number)), "seed": seed, "tokens": "512"}
+        run = training.train(planned(folder, changes))
+        hashes.append(sha256(Run(run).sae() / "sae.safetensors"))
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_ctrl_c_keeps_what_was_learnt(folder: Path, tmp_path: Path) -> None:
+    def stop(tokens: int, rows: dict) -> None:
+        if tokens > BATCH:
+            raise KeyboardInterrupt
+
+    plan = planned(folder, BOTH | {"output": str(tmp_path / "run")})
+    run = training.train(plan, stop)
+    assert read_manifest(run)["tokens"] == 21 * BATCH
+    for sae in Run(run).saes().values():
+        manifest = read_manifest(sae)
+        assert manifest["interrupted"] is True and manifest["tokens"] == 21 * BATCH
+        assert SparseAutoencoder.from_pretrained(sae).d_sae == 48
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_text_that_ends_early_is_a_shorter_run(folder: Path, tmp_path: Path) -> None:
+    plan = planned(folder, {"output": str(tmp_path / "run")})
+    rows = list(plan.source.train(4, repeat=False))[:8]
+    plan.source.train = lambda *_: iter(rows)
+    run = training.train(plan)
+    read = sum(int(batch.kept.sum()) for batch in rows)
+    assert read_manifest(run)["tokens"] == read // BATCH * BATCH < TOKENS
+    assert read_manifest(Run(run).sae())["interrupted"] is False
+
+
+def test_init_from_goes_on_where_the_other_run_ended(folder: Path, tmp_path: Path) -> None:
+    first, second = [], []
+    changes = {"output": str(tmp_path / "first"), "optim.lr": "0.01"}
+    run = training.train(planned(folder, changes), lambda *row: first.append(row))
+    changes |= {"output": str(tmp_path / "second"), "init_from": str(run)}
+    training.train(planned(folder, changes), lambda *row: second.append(row))
+    before, after = (rows[0][1]["layers.1.mlp_act"]["fvu"] for rows in (first, second))
+    assert after < 0.8 * before
+
+
+def test_nothing_is_sent_anywhere_unless_asked(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a project wandb is not even imported; with one that fails, training goes on."""
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it raises ImportError
+    short = {"output": str(tmp_path / "off"), "tokens": "128"}
+    assert training.train(planned(folder, short)).is_dir()
+    short |= {"output": str(tmp_path / "on"), "wandb.project": "mine"}
+    with pytest.warns(UserWarning, match="training goes on"):
+        run = training.train(planned(folder, short))
+    assert read_manifest(run)["tokens"] == 128
