@@ -178,9 +178,9 @@ class SAEConfig(Settings):
 class OptimConfig(Settings):
     """Adam, its schedule, and the pool that mixes the activations."""
 
-    lr: Positive = 1e-3
-    """Peak learning rate of Adam, 5e-5 to 1e-3."""
-    batch: Count = 2048
+    lr: Positive = 2e-3
+    """Peak learning rate of Adam, 5e-5 (1e8 tokens and more) to 4e-3 (1e6 tokens)."""
+    batch: Count = 1024
     """Tokens per optimiser step, 1024 to 8192."""
     betas: Betas = (0.9, 0.999)
     """Adam's two decay rates, such as 0.9 0.999; 0 0.999 is common too."""
@@ -188,8 +188,8 @@ class OptimConfig(Settings):
     """Share of the tokens over which the learning rate rises from 0, 0 to 0.1."""
     lr_decay: Share = 0.2
     """Share of the tokens, at the end, over which the learning rate falls to 0, 0 to 0.5."""
-    dead_after: Count = 150_000
-    """Tokens without firing after which a feature counts as dead, 1e5 to 1e7."""
+    dead_after: Count = 50_000
+    """Tokens without firing after which a feature counts as dead, 5e4 to 1e7."""
     pool: Count = 131_072
     """Tokens whose activations are held in memory to be mixed, 1e5 to 1e6; far above batch."""
     grad_clip: Positive | None = 1.0

@@ -3,14 +3,17 @@
     python -m venv /tmp/saelens && /tmp/saelens/bin/pip install sae-lens
     python scripts/compare_saelens.py --venv /tmp/saelens/bin/python
 
-TIMING
+36 trainings and 1 GB of disk meanwhile; estimated at an hour or two on two cores. Expected: two
+tables, and for each measure a line that says HOLDS or FAILS and by how much the sides differ.
+
 Both sides read the same shuffled activations in the same order, from files that are written once a
 seed, at the same hookpoint, width and token budget, and minimise the same loss: squared error plus
 L1 on activations weighted by decoder norms, inputs of mean norm √d_in. Ours is trained with the
 defaults of `sae train`, SAELens' with its tutorial's recipe (batch 4096, documented learning rate
 5e-5; saelens_worker.py has it in full). That rate is meant for 30 000 steps and barely moves in a
 few hundred, so beside ½, 1 and 2 times it SAELens may choose 4 to 32 times; ours chooses among as
-many. The rate with the lowest held-out loss at the middle L1 and the first seed is taken.
+many. The rate with the lowest held-out loss at the middle L1 (the lower
+of two) and the first seed is taken.
 
 Prints held-out FVU and cross-entropy recovered (the ablation puts in the mean) at equal L0:
 interpolated in log L0 within the range all seeds of both sides share. Every training is written to
@@ -21,6 +24,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -173,7 +177,9 @@ def train_saelens(bed: Bed, training: Training) -> tuple[SparseAutoencoder, dict
         order.write_text(json.dumps(job))
         worker = Path(__file__).with_name("saelens_worker.py")
         command = [bed.args.venv, str(worker), str(order), str(output)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        # The environment's way of keep_freed_memory(): SAELens gets it as well.
+        env = os.environ | {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
         if done.returncode:
             sys.exit(f"SAELens: {training.key} ended with {done.returncode}\n{done.stderr[-2000:]}")
         return read_saelens(output, training.l1), json.loads((output / "info.json").read_text())
@@ -275,7 +281,7 @@ def best_rate(args: argparse.Namespace, results: Results, bed: Bed, side: str) -
         else (args.lr_saelens, args.factors_saelens)
     )
     l1 = coefficients(args, side)
-    tried = [Training(side, l1[len(l1) // 2], base * factor, bed.seed) for factor in factors]
+    tried = [Training(side, l1[(len(l1) - 1) // 2], base * factor, bed.seed) for factor in factors]
     losses = [results.of(bed, training)["loss"] for training in tried]
     best = min(range(len(tried)), key=lambda i: math.inf if losses[i] is None else losses[i])
     print(f"{side}: lr {tried[best].lr:g}, {factors[best]:g} × {base:g}", flush=True)
@@ -397,7 +403,9 @@ def arguments() -> argparse.Namespace:
     add("--hookpoint", default="layers.2.mlp_act")
     add("--expansion", type=int, default=8, help="features per input dimension")
     add("--tokens", type=int, default=1_000_000, help=f"budget, rounded down to whole {BLOCK}s")
-    add("--l1", type=float, nargs="+", default=[8, 16, 32], help="ours, and SAELens' by default")
+    add(
+        "--l1", type=float, nargs="+", default=[8, 12, 16, 24], help="ours, and SAELens' by default"
+    )
     add("--l1-saelens", type=float, nargs="+", help="SAELens' where they differ")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--lr-ours", type=float, default=1e-3, help="base learning rate")

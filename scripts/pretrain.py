@@ -102,12 +102,13 @@ def next_token_loss(model: GPT2LMHeadModel, tokens: torch.Tensor) -> torch.Tenso
 @torch.no_grad()
 def heldout_loss(model: GPT2LMHeadModel, source: TokenSource, rows: int = 10**9) -> float:
     """Mean cross-entropy in nats a token over the held-out rows."""
-    losses = []
+    losses, sizes = [], []
     for batch in source.heldout(32):
         losses.append(next_token_loss(model, batch.tokens).item())
-        if len(losses) * 32 >= rows:
+        sizes.append(len(batch))
+        if sum(sizes) >= rows:
             break
-    return float(np.mean(losses))
+    return float(np.average(losses, weights=sizes))
 
 
 def pretrain(recipe: Recipe, model: GPT2LMHeadModel, source: TokenSource) -> list[dict]:

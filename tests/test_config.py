@@ -135,7 +135,7 @@ MISTAKES = [
         "optim.lr_warmup: 0.9 came, wanted a sum of at most 1 with optim.lr_decay (0.2); "
         "change either",
     ),
-    ("tokens: 10", "tokens: 10 came, wanted at least optim.batch (2048); change either"),
+    ("tokens: 10", "tokens: 10 came, wanted at least optim.batch (1024); change either"),
     ('"\\e[31m\\n": 1', r'"\u001b[31m\n": unknown setting; a config has'),
     ("optim: &a {lr: *a}", "optim.lr: {'lr': {...}} came, wanted a number above 0"),
 ]

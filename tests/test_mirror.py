@@ -106,13 +106,14 @@ def test_the_real_one_writes_offline(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("WANDB_MODE", "offline")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # those of wandb's own imports
-        pytest.importorskip("wandb")
+        wandb = pytest.importorskip("wandb")
         folder = tmp_path / "run"
         folder.mkdir()
         mirror = open_mirror(CONFIG, folder)
     for step in range(5):
         mirror.log({"layers.2.mlp_act/unusual_name": 0.5, "nothing": None}, step)
     mirror.close()
+    wandb.teardown()  # its writer is a process of its own: wait for it
     (written,) = folder.glob("wandb/offline-run-*/*.wandb")
     content = written.read_bytes()
     assert b"unusual_name" in content and b"tides" in content

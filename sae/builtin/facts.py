@@ -9,6 +9,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import yaml
@@ -94,20 +95,27 @@ class Sentence:
         return hash_unit(key) < HELDOUT_PAIRS
 
     def spans(self, start: int) -> Iterator[Span]:
-        """The latent variables of a sentence that begins at character `start`."""
+        """The latent variables of a sentence that begins at character `start`.
+
+        They hold from the space in front of it on, which may be a token of its own.
+        """
         table = load()
-        end = start + len(self.text)
-        yield Span(start, end, 0, table.relations.index(self.fact.relation))
-        yield Span(start, end, 1, table.subjects.index(self.fact.subject))
-        yield Span(start, end, 2, table.answers.index(self.fact.answer))
-        yield Span(start, end, 3, self.template.number)
+        first, end = max(start - 1, 0), start + len(self.text)
+        values = (
+            table.relations.index(self.fact.relation),
+            table.subjects.index(self.fact.subject),
+            table.answers.index(self.fact.answer),
+            self.template.number,
+        )
+        for latent, value in enumerate(values):
+            yield Span(first, end, latent, value)
         subject = start + self.template.text.index("{subject}")
         behind = subject + len(self.fact.subject)
         answer = start + len(self.prompt)
-        edges = (start, subject, behind, answer, answer + 1 + len(self.fact.answer), end)
-        for part, (left, right) in enumerate(zip(edges, edges[1:], strict=False)):
+        edges = (first, subject, behind, answer, answer + 1 + len(self.fact.answer), end)
+        for part, (left, right) in enumerate(pairwise(edges)):
             if left < right:
-                yield Span(left, right, 4, part)
+                yield Span(left, right, LATENTS.index("part"), part)
 
 
 @cache

@@ -28,28 +28,30 @@ TOPICS = "pydoc_data/topics.py"
 def documents() -> Iterator[Document]:
     """Every file as one document, in the order of the hash of its relative path."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
+    files = {path.relative_to(root).as_posix(): path for path in _sources(root)}
     files |= {path.name: path for path in root.glob("LICENSE*.txt")}
-    texts = dict(_read(key, path) for key, path in files.items() if _wanted(key))
+    texts = {key: path.read_text(encoding="utf-8", errors="replace") for key, path in files.items()}
     texts |= _topics(texts.pop(TOPICS, ""))
     kept = _capped_codecs(texts)
     for key in sorted(kept, key=hash_unit):
         yield Document(f"stdlib/{key}", kept[key], heldout=hash_unit(key) < HELDOUT)
 
 
-def _wanted(key: str) -> bool:
-    *folders, name = key.split("/")
-    if any(f in SKIPPED_FOLDERS or f.endswith("_test") or f.startswith("config-") for f in folders):
-        return False
-    return not name.startswith("_sysconfigdata")  # written by the machine that built Python
-
-
-def _read(key: str, path: Path) -> tuple[str, str]:
-    return key, path.read_text(encoding="utf-8", errors="replace")
+def _sources(folder: Path) -> Iterator[Path]:
+    """All Python files below a folder, without entering those to be skipped."""
+    for path in folder.iterdir():
+        name = path.name
+        if path.is_dir() and not path.is_symlink():
+            if not (
+                name in SKIPPED_FOLDERS or name.endswith("_test") or name.startswith("config-")
+            ):
+                yield from _sources(path)
+        elif path.suffix == ".py" and not name.startswith("_sysconfigdata"):  # of one machine only
+            yield path
 
 
 def _topics(source: str) -> dict[str, str]:
-    """The help texts in `pydoc_data/topics.py` as prose, without the quotes and escapes of source."""
+    """The help texts in `pydoc_data/topics.py` as prose, without the quotes of source."""
     if "topics = " not in source:
         return {}
     table = ast.literal_eval(source.partition("topics = ")[2].strip())
