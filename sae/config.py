@@ -128,6 +128,9 @@ class ReluL1Config(Settings):
     """Weight of the L1 penalty on activations of mean norm √d_in, 1 to 10; higher is sparser."""
     l1_warmup: Share = 0.05
     """Share of the tokens over which the L1 penalty rises from 0, 0 to 0.2."""
+    refit: Fraction = 0.1
+    """Share of the tokens, at the end, that train the decoder alone and without penalty, which
+    undoes the shrinkage the penalty causes, 0 to 0.2."""
 
 
 class TopKConfig(Settings):

@@ -100,7 +100,9 @@ def _check_finite(rows: dict[str, dict[str, float]], tokens: int) -> None:
 class Learner:
     """One SAE in training: unfolded weights, Adam, schedules, and how long each feature is quiet.
 
-    `statistics` gives the scale of the inputs and b_dec's start.
+    `statistics` gives the scale of the inputs and b_dec's start. An L1 penalty makes activations
+    too small, so its training ends with a refit: the decoder alone, without penalty (after Wright
+    & Sharkey 2024, "Addressing feature suppression in SAEs", who tune the norms).
     """
 
     def __init__(
@@ -116,6 +118,7 @@ class Learner:
         self.tokens_since_revival = 0
         self.revived = 0
         self.lr = 0.0
+        self.refit: float = getattr(config.sae.sparsity, "refit", 0.0)
         self.variance = 0.0  # E‖y − mean y‖² of the first batch
 
     def step(self, batch: Batch, done: float) -> StepStats:
@@ -126,7 +129,7 @@ class Learner:
         optim = self.config.optim
         if optim.grad_clip is not None:
             torch.nn.utils.clip_grad_norm_(self.sae.parameters(), optim.grad_clip)
-        self.lr = optim.lr * warmed_up(done, optim.lr_warmup) * decayed(done, optim.lr_decay)
+        self.lr = optim.lr * warmed_up(done, optim.lr_warmup) * self._decayed(done)
         self.optimizer.param_groups[0]["lr"] = self.lr
         self.optimizer.step()
         self.quiet = torch.where(stats.fired > 0, 0, self.quiet + len(x))
@@ -156,8 +159,13 @@ class Learner:
     def _gradients(self, x: Tensor, y: Tensor, done: float) -> StepStats:
         sparsity = self.config.sae.sparsity
         if sparsity.kind == "relu_l1":
-            l1 = sparsity.l1 * warmed_up(done, sparsity.l1_warmup)
-            return kernels.relu_l1_step(self.sae, x, y, l1, matmul_dtype=self.dtype)
+            refitting = done >= 1 - self.refit
+            l1 = 0.0 if refitting else sparsity.l1 * warmed_up(done, sparsity.l1_warmup)
+            stats = kernels.relu_l1_step(self.sae, x, y, l1, matmul_dtype=self.dtype)
+            if refitting:
+                for parameter in (self.sae.W_enc, self.sae.b_enc, self.sae.b_dec):
+                    parameter.grad = None  # Adam leaves these alone: what is active stays so
+            return stats
         auxk = sparsity.auxk or self.sae.d_in // 2
         return kernels.topk_step(
             self.sae,
@@ -170,6 +178,13 @@ class Learner:
             matmul_dtype=self.dtype,
         )
 
+    def _decayed(self, done: float) -> float:
+        """1 → 0 over `lr_decay` before the refit, and once more over the refit."""
+        if done >= 1 - self.refit:
+            return (1 - done) / self.refit if self.refit else 0.0
+        share = self.config.optim.lr_decay
+        return min(1.0, (1 - self.refit - done) / share) if share else 1.0
+
     def _quietest_dead(self, limit: int) -> Tensor:
         """[d_sae] the dead features that have been quiet longest, at most `limit` of them."""
         quietest = torch.zeros_like(self.quiet, dtype=torch.bool)
@@ -180,7 +195,7 @@ class Learner:
         """Resample every `dead_after` tokens until the learning rate starts to fall."""
         optim = self.config.optim
         self.tokens_since_revival += len(x)
-        if self.sae.sparsity.revival != "resample" or done > 1 - optim.lr_decay:
+        if self.sae.sparsity.revival != "resample" or self._decayed(done) < 1:
             return
         if self.tokens_since_revival >= optim.dead_after:
             dead = self.dead
@@ -197,11 +212,6 @@ def _variance(y: Tensor) -> Tensor:
 def warmed_up(done: float, share: float) -> float:
     """0 → 1 over the first `share` of the tokens."""
     return min(1.0, done / share) if share else 1.0
-
-
-def decayed(done: float, share: float) -> float:
-    """1 → 0 over the last `share` of the tokens."""
-    return min(1.0, (1 - done) / share) if share else 1.0
 
 
 def _start(

@@ -30,7 +30,7 @@ SEED = 0
 DRAWN = 20
 EXAMPLES = 10
 AGREEING = 8
-SCANNED = 300_000
+SCANNED = 1_000_000
 
 
 def shares_a_token(dictionary: FeatureDictionary, feature: int) -> bool:
