@@ -65,8 +65,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 
 def python(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """A process of its own, in which this package is found whatever the folder."""
-    env = os.environ | {"PYTHONPATH": str(Path(sae.__path__[0]).parent)}
+    """A process of its own that finds this package; one thread, as sums depend on their number."""
+    env = os.environ | {"PYTHONPATH": str(Path(sae.__path__[0]).parent), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, *args], cwd=cwd, env=env, capture_output=True, text=True, check=False
     )

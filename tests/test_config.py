@@ -119,7 +119,7 @@ MISTAKES = [
     ),
     (
         "sae: {sparsity: topk}",
-        'sae.sparsity: "topk" came, wanted settings below it: kind, l1, l1_warmup, k, auxk, '
+        'sae.sparsity: "topk" came, wanted settings below it: kind, l1, l1_warmup, refit, k, auxk, '
         "auxk_coef",
     ),
     (
