@@ -355,11 +355,7 @@ def export(args: list[str]) -> None:
         if needed not in given:
             raise FormatError(f"--{needed} is missing; sae export RUN --format NAME --out DIR")
     name = str(given["format"])
-    if name not in formats.FORMATS:
-        raise FormatError(
-            f"--format {name}: choose one of {', '.join(formats.FORMATS)}"
-            f"{suggest(name, formats.FORMATS)}"
-        )
+    formats.check(name)
     folder = Run(str(given["run"])).sae(_text(given, "sae"))
     chosen = None
     if "feature" in given:

@@ -18,7 +18,7 @@ from sae.data import TokenSource, open_source
 from sae.errors import ConfigError, DataError, RunError, SAEError
 from sae.hooks import Hookpoint, resolve, width
 from sae.language_model import LanguageModel
-from sae.sparsity import make_sparsity
+from sae.sparsity import Sparsity, make_sparsity
 
 ADAM_COPIES = 4
 """Weights, gradients and Adam's two moments."""
@@ -132,7 +132,7 @@ def estimate(plan: Plan) -> list[tuple[str, str]]:
 def _step_seconds(plan: Plan, point: Hookpoint) -> float:
     """Time of one training step of an SAE as sparse as a trained one."""
     config, d_in = plan.config, plan.widths[point]
-    sae = SparseAutoencoder(d_in, config.sae.width(d_in), _sparsity(config), device=plan.device)
+    sae = SparseAutoencoder(d_in, config.sae.width(d_in), sparsity_of(config), device=plan.device)
     x = torch.randn(config.optim.batch, d_in, device=plan.device)
     with torch.no_grad():
         pre = sae.pre(x[:64]).flatten()
@@ -152,7 +152,8 @@ def _step_seconds(plan: Plan, point: Hookpoint) -> float:
     return _seconds(plan.device, TIMED_STEPS, step)
 
 
-def _sparsity(config: TrainConfig):
+def sparsity_of(config: TrainConfig) -> Sparsity:
+    """The sparsity that a config asks for."""
     chosen = config.sae.sparsity
     amount = {"k": chosen.k} if chosen.kind == "topk" else {"l1": chosen.l1}
     return make_sparsity(chosen.kind, **amount)

@@ -21,9 +21,8 @@ from sae.autoencoder import SparseAutoencoder, locate, read_config
 from sae.errors import RunError
 from sae.hooks import Hookpoint
 from sae.kernels import StepStats
-from sae.planning import Plan
+from sae.planning import Plan, sparsity_of
 from sae.revival import resample
-from sae.sparsity import make_sparsity
 from sae.store import folder_name, staged, write_atomic, write_manifest
 
 LOG_EVERY_STEPS = 20
@@ -219,13 +218,11 @@ def _start(
 ) -> tuple[SparseAutoencoder, float]:
     """A new autoencoder with b_dec at the mean, or that of `init_from`; and the inputs' scale."""
     config, d_in = plan.config, plan.widths[point]
-    sparsity = config.sae.sparsity
-    amount = {"k": sparsity.k} if sparsity.kind == "topk" else {"l1": sparsity.l1}
     if config.init_from is None:
         sae = SparseAutoencoder(
             d_in,
             config.sae.width(d_in),
-            make_sparsity(sparsity.kind, **amount),
+            sparsity_of(config),
             subtract_b_dec=config.sae.subtract_b_dec,
             device=plan.device,
         )
@@ -235,7 +232,7 @@ def _start(
     old = SparseAutoencoder.from_pretrained(folder, device=plan.device, dtype=torch.float32)
     scale = (read_config(folder).get("metadata") or {}).get("scale", statistics.scale)
     sae = old.unfolded(scale)
-    sae.sparsity = make_sparsity(sparsity.kind, **amount)
+    sae.sparsity = sparsity_of(config)
     return sae, scale
 
 

@@ -73,3 +73,19 @@ def bert_tokenizer(paragraphs: list[str], tmp_path_factory: pytest.TempPathFacto
     file = tmp_path_factory.mktemp("bert") / "vocab.txt"
     file.write_text("\n".join(vocabulary), encoding="utf-8")
     return transformers.BertTokenizerFast(vocab=str(file))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A scanned SAE whose features are known."""
+    from planted import planted
+
+    return planted(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def dictionary(made: Any) -> Any:
+    """Its feature dictionary."""
+    from sae.records import FeatureDictionary
+
+    return FeatureDictionary(made.folder / "features")

@@ -25,7 +25,6 @@ from planted import (
     SOURCE,
     Planted,
     make_sae,
-    planted,
 )
 
 from sae import features as module
@@ -39,16 +38,6 @@ from sae.sparsity import ReluL1, TopK
 from sae.store import read_manifest, sha256
 
 ALIVE = 30
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Planted:
-    return planted(tmp_path_factory.mktemp("run"))
-
-
-@pytest.fixture(scope="module")
-def dictionary(made: Planted) -> FeatureDictionary:
-    return FeatureDictionary(made.folder / "features")
 
 
 @pytest.fixture(scope="module")

@@ -12,22 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from planted import CONTEXT, D_SAE, DEAD, Planted, planted
+from planted import CONTEXT, D_SAE, DEAD, Planted
 
 from sae import records
 from sae.errors import RunError
 from sae.records import Example, FeatureDictionary, FeatureRecord, parse_features
 from sae.text import TokenPieces
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Planted:
-    return planted(tmp_path_factory.mktemp("run"))
-
-
-@pytest.fixture(scope="module")
-def dictionary(made: Planted) -> FeatureDictionary:
-    return FeatureDictionary(made.folder / "features")
 
 
 def test_records_have_exactly_the_columns_of_the_tables() -> None:

@@ -14,6 +14,14 @@ FORMATS = {
 }
 
 
+def check(name: str) -> None:
+    """Raise FormatError where there is no such format."""
+    if name not in FORMATS:
+        raise FormatError(
+            f"--format {name}: choose one of {', '.join(FORMATS)}{suggest(name, FORMATS)}"
+        )
+
+
 def write(
     name: str, sae_folder: str | Path, out: str | Path, features: Sequence[int] | None = None
 ) -> None:
@@ -22,10 +30,7 @@ def write(
     Raises FormatError for an unknown format, RunError where `out` is taken, a feature does not
     exist, or the dictionary the tables need is missing.
     """
-    if name not in FORMATS:
-        raise FormatError(
-            f"--format {name}: choose one of {', '.join(FORMATS)}{suggest(name, FORMATS)}"
-        )
+    check(name)
     # Only the format asked for is imported: not all of them can do without torch.
     module = importlib.import_module(f"sae.formats.{name}")
     module.write(Path(sae_folder), Path(out), None if features is None else list(features))
