@@ -14,13 +14,14 @@ PACKAGE = Path(__file__).parents[1] / "sae"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 ROWS = (
-    "errors memory",
+    "errors memory stopping",
     "config records builtin",
     "store text hooks documents sparsity kernels language_model mirror",
-    "autoencoder data progress",
+    "autoencoder data progress checkpoint",
     "activations losses revival",
     "formats evaluation planning",
-    "training features terminal",
+    "learner resuming features terminal",
+    "training",
     "runs",
     "cli",
 )

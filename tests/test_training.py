@@ -2,6 +2,8 @@
 was learnt survives Ctrl-C."""
 
 import json
+import os
+import signal
 import sys
 from collections import Counter
 from pathlib import Path
@@ -15,7 +17,7 @@ from sae.planning import Plan
 from sae.store import Run, read_manifest, sha256
 
 BOTH = {"hookpoints": "layers.*.mlp_act"}
-METRICS = {"loss", "mse", "fvu", "l0", "dead", "revived", "lr", "sequences"}
+METRICS = {"loss", "mse", "fvu", "l0", "dead", "revived", "lr", "sequences", "masked", "skipped"}
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +83,7 @@ def test_the_saved_weights_take_raw_activations(folder: Path, tmp_path: Path) ->
     missed = (sae(x).recon - x).square().sum() / (x - x.mean(0)).square().sum()
     assert missed.item() == pytest.approx(fvu[-1], rel=0.3)
     manifest = read_manifest(Run(run).sae())
-    assert manifest["tokens"] == TOKENS and manifest["interrupted"] is False
+    assert manifest["tokens"] == TOKENS and manifest["ended"] == "complete"
     assert manifest["hookpoint"] == str(point) and manifest["model"] == str(folder / "model")
     assert manifest["data_fingerprint"] == plan.source.fingerprint
 
@@ -98,14 +100,14 @@ def test_one_seed_gives_one_result_and_another_seed_another(folder: Path, tmp_pa
 def test_ctrl_c_keeps_what_was_learnt(folder: Path, tmp_path: Path) -> None:
     def stop(tokens: int, rows: dict) -> None:
         if tokens > BATCH:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
 
     plan = planned(folder, BOTH | {"output": str(tmp_path / "run")})
     run = training.train(plan, stop)
     assert read_manifest(run)["tokens"] == 21 * BATCH
     for sae in Run(run).saes().values():
         manifest = read_manifest(sae)
-        assert manifest["interrupted"] is True and manifest["tokens"] == 21 * BATCH
+        assert manifest["ended"] == "SIGINT" and manifest["tokens"] == 21 * BATCH
         assert SparseAutoencoder.from_pretrained(sae).d_sae == 48
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 4
 
@@ -113,11 +115,11 @@ def test_ctrl_c_keeps_what_was_learnt(folder: Path, tmp_path: Path) -> None:
 def test_a_text_that_ends_early_is_a_shorter_run(folder: Path, tmp_path: Path) -> None:
     plan = planned(folder, {"output": str(tmp_path / "run")})
     rows = list(plan.source.train(4, repeat=False))[:8]
-    plan.source.train = lambda *_: iter(rows)
+    plan.source.train = lambda *_, **__: iter(rows)
     run = training.train(plan)
     read = sum(int(batch.kept.sum()) for batch in rows)
     assert read_manifest(run)["tokens"] == read // BATCH * BATCH < TOKENS
-    assert read_manifest(Run(run).sae())["interrupted"] is False
+    assert read_manifest(Run(run).sae())["ended"] == "text ended"
 
 
 def test_init_from_goes_on_where_the_other_run_ended(folder: Path, tmp_path: Path) -> None:
