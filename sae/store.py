@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -102,14 +103,70 @@ def write_manifest(folder: Path, extra: Mapping[str, Any] | None = None) -> None
 
 
 def covered_files(folder: Path) -> list[Path]:
-    """The files a manifest of `folder` covers: all but those under a manifest of their own."""
+    """The files a manifest of `folder` covers: all but those under a manifest of their own.
+
+    Hidden ones are left out too: a lock, or what a crash left half written.
+    """
     found = []
     for entry in sorted(folder.iterdir()):
+        if entry.name.startswith("."):
+            continue
         if entry.is_dir() and not (entry / MANIFEST).exists():
             found += covered_files(entry)
         elif entry.is_file() and entry.name != MANIFEST:
             found.append(entry)
     return found
+
+
+def verify(folder: str | Path) -> list[str]:
+    """What is wrong with a folder, a sentence for each file, [] where all is as its manifest says.
+
+    Every file the manifest covers is read and hashed, and files it does not cover are named.
+    """
+    folder = Path(folder)
+    try:
+        files = read_manifest(folder)["files"]
+    except RunError as error:
+        return [str(error)]
+    wrong = (_problem(folder / name, facts) for name, facts in files.items())
+    there = (file.relative_to(folder).as_posix() for file in covered_files(folder))
+    strange = [f"{folder / name} is not in {MANIFEST}" for name in there if name not in files]
+    return [*filter(None, wrong), *strange]
+
+
+def check_files(folder: str | Path, *names: str) -> None:
+    """Refuse files that are not those the folder's manifest covers; RunError names the first.
+
+    A file that neither the folder nor its manifest has is no problem here, and of a folder without
+    a manifest (one copied by hand) nothing is known.
+    """
+    folder = Path(folder)
+    if not (folder / MANIFEST).exists():
+        return
+    files = read_manifest(folder)["files"]
+    for name in names:
+        file = folder / name
+        if name in files:
+            problem = _problem(file, files[name])
+        else:
+            problem = f"{file} is not in {MANIFEST}" if file.exists() else None
+        if problem:
+            raise RunError(f"{problem}; put back the file that belongs there, or make it again")
+
+
+def _problem(file: Path, facts: Mapping[str, Any]) -> str | None:
+    """How a file differs from what its manifest says of it."""
+    try:
+        size = file.stat().st_size
+        if size != facts["bytes"]:
+            return f"{file} is damaged: it has {size:,} bytes, not {facts['bytes']:,}"
+        if sha256(file) != facts["sha256"]:
+            return f"{file} is damaged: its content is not what {MANIFEST} says (SHA-256)"
+    except FileNotFoundError:
+        return f"{file} is missing"
+    except OSError as error:
+        return f"{file} cannot be read: {error.strerror}"
+    return None
 
 
 def versions() -> dict[str, str]:
@@ -136,7 +193,22 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
             f"{file}: format {number!r} is not known to sae {__version__}, which reads up to "
             f"{FORMAT}; install a newer sae-toolkit"
         )
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not all(map(_is_entry, files, files.values())):
+        raise RunError(f"{file} is damaged: its list of files holds what no manifest would say")
     return manifest
+
+
+def _is_entry(name: str, facts: object) -> bool:
+    """Whether a manifest may say this: a name below its folder, a size and a hash."""
+    parts = name.split("/")
+    if not set(parts).isdisjoint(("", ".", "..")) or set(name) & set("\\\0") or name[1:2] == ":":
+        return False
+    if not isinstance(facts, dict) or facts.keys() != {"bytes", "sha256"}:
+        return False
+    size, digest = facts["bytes"], facts["sha256"]
+    known = isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest)
+    return type(size) is int and size >= 0 and bool(known)
 
 
 def folder_name(hookpoint: str) -> str:

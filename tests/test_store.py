@@ -175,6 +175,61 @@ def test_a_broken_manifest_says_what_is_wrong(
         read_manifest(tmp_path / "run")
 
 
+DAMAGES: dict[str, Callable[[Path, bytes], Any]] = {
+    "0 bytes": lambda file, _: file.write_bytes(b""),
+    "-1 byte": lambda file, old: file.write_bytes(old[:-1]),
+    "half": lambda file, old: file.write_bytes(old[: len(old) // 2]),
+    "+1 byte": lambda file, old: file.write_bytes(old + b"x"),
+    "1 bit": lambda file, old: file.write_bytes(bytes([old[0] ^ 1]) + old[1:]),
+    "deleted": lambda file, _: file.unlink(),
+    "swapped": lambda file, old: file.write_bytes(old.replace(b"x", b"y")),
+    "a folder": lambda file, _: (file.unlink(), file.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize("name", ["a.txt", "inner/b.txt"])
+def test_every_damage_is_found_and_named(
+    tmp_path: Path, name: str, damage: Callable[[Path, bytes], Any]
+) -> None:
+    folder = tmp_path / "run"
+    fill(folder, "x" * 40)
+    assert store.verify(folder) == []
+    damage(folder / name, (folder / name).read_bytes())
+    (problem,) = store.verify(folder)
+    assert problem.startswith(f"{folder / name} ")
+    with pytest.raises(RunError, match=name):
+        store.check_files(folder, name)
+    other = {"a.txt", "inner/b.txt"} - {name}
+    store.check_files(folder, *other, "neither here nor there.txt")
+
+
+def test_a_file_no_manifest_knows_is_named(tmp_path: Path) -> None:
+    """Except hidden ones, such as a lock, and those under a manifest of their own."""
+    folder = tmp_path / "run"
+    fill(folder, "x")
+    fill(folder / "features", "y")
+    (folder / ".lock").write_text("")
+    assert store.verify(folder) == []
+    (folder / "inner" / "new.txt").write_text("")
+    assert store.verify(folder) == [f"{folder}/inner/new.txt is not in manifest.json"]
+    with pytest.raises(RunError, match=r"new\.txt is not in manifest\.json"):
+        store.check_files(folder, "inner/new.txt")
+    (folder / "manifest.json").unlink()
+    assert "not complete" in store.verify(folder)[0]
+    store.check_files(folder, "a.txt")  # nothing is known of it
+
+
+@pytest.mark.parametrize(
+    "name", ["../a", "/etc/passwd", "a/../b", "a//b", "./a", "", ".", "a\\b", "c:a", "a\0b"]
+)
+def test_manifests_name_only_files_below_their_folder(tmp_path: Path, name: str) -> None:
+    files = {name: {"bytes": 1, "sha256": "0" * 64}}
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": 1, "files": files}))
+    with pytest.raises(RunError, match="what no manifest would say"):
+        read_manifest(tmp_path)
+
+
 def make_run(path: Path, *names: str) -> Path:
     for name in names:
         folder = path / "saes" / store.folder_name(name)
