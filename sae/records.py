@@ -17,7 +17,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from safetensors import safe_open
 
-from sae.errors import RunError
+from sae.errors import FormatError, RunError
+from sae.store import check_files
+from sae.untrusted import read_header
 
 KINDS = ("top", "interval", "random")
 INTERVALS = 5
@@ -72,6 +74,8 @@ EXAMPLES_SCHEMA = pa.schema(
         ("values", pa.list_(pa.float32())),
     ]
 )
+TABLES = {"features.parquet": FEATURES_SCHEMA, "examples.parquet": EXAMPLES_SCHEMA}
+TOKENS = "tokens.safetensors"
 
 
 @dataclass(frozen=True)
@@ -210,6 +214,7 @@ class FeatureDictionary:
         self.folder = Path(folder)
         if not (self.folder / "features.parquet").is_file():
             raise RunError(f"{folder} holds no features.parquet; make it with: sae features RUN")
+        check_dictionary(self.folder)
 
     def __len__(self) -> int:
         """The number of features."""
@@ -270,7 +275,7 @@ class FeatureDictionary:
 
     @cached_property
     def _text(self) -> Any:
-        return safe_open(self.folder / "tokens.safetensors", framework="numpy")
+        return safe_open(self.folder / TOKENS, framework="numpy")
 
     def _row_pieces(self, row: int) -> list[str]:
         """The text of each token of a row: piece i is bytes offsets[i] to offsets[i + 1]."""
@@ -280,6 +285,46 @@ class FeatureDictionary:
         text = self._text.get_slice("piece_bytes")[start : int(offsets[-1])].tobytes()
         cuts = [int(offset) - start for offset in offsets]
         return [text[a:b].decode() for a, b in itertools.pairwise(cuts)]
+
+
+def check_dictionary(folder: Path) -> None:
+    """Refuse a dictionary whose files are not what its manifest says, or not what they claim.
+
+    Raises RunError and FormatError, both naming the file.
+    """
+    check_files(folder, *TABLES, TOKENS)
+    for name, schema in TABLES.items():
+        if (folder / name).exists():
+            _check_table(folder / name, schema)
+    if (folder / TOKENS).exists():
+        _check_tokens(folder / TOKENS)
+
+
+def _check_table(file: Path, schema: pa.Schema) -> None:
+    """FormatError where a file is no Parquet, or lacks a column or has it of another type."""
+    try:
+        there = pq.read_schema(file, memory_map=False)
+    except (pa.ArrowException, OSError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise FormatError(f"{file} is damaged or no Parquet file: {first}") from None
+    for field in schema:
+        if field.name not in there.names or there.field(field.name).type != field.type:
+            raise FormatError(
+                f"{file} has no column {field.name!r} of type {str(field.type)[:60]}; "
+                "make it again with: sae features RUN"
+            )
+
+
+def _check_tokens(file: Path) -> None:
+    """FormatError where the tensors cannot be the scanned text."""
+    found = {name: (entry.dtype, len(entry.shape)) for name, entry in read_header(file).items()}
+    wanted = {"tokens": 2, "piece_offsets": 1, "piece_bytes": 1}
+    for name, dimensions in wanted.items():
+        if found.get(name, ("", 0))[1] != dimensions:
+            raise FormatError(
+                f"{file} has no tensor {name!r} of {dimensions} dimensions; "
+                "make it again with: sae features RUN"
+            )
 
 
 def parse_features(text: str, d_sae: int) -> list[int]:

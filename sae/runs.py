@@ -86,7 +86,7 @@ def evaluate_run(
     for point, evaluation in found.items():
         folder = opened.folders[point]
         result = {"sae_sha256": store.sha256(folder / store.WEIGHTS)} | _origin(opened)
-        store.write_json(folder / "eval.json", result | evaluation.to_dict())
+        store.write_result(folder, "eval.json", result | evaluation.to_dict())
     return found
 
 

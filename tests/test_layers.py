@@ -15,9 +15,11 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 ROWS = (
     "errors memory",
-    "config records builtin",
+    "untrusted",
+    "config builtin",
     "store text hooks documents sparsity kernels language_model mirror",
-    "autoencoder data progress",
+    "fingerprint data progress records",
+    "autoencoder",
     "activations losses revival",
     "formats evaluation planning",
     "training features terminal",
