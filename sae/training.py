@@ -19,6 +19,7 @@ from sae import kernels, mirror
 from sae.activations import ActivationStream, Batch, Statistics
 from sae.autoencoder import SparseAutoencoder, locate, read_config
 from sae.errors import RunError
+from sae.fingerprint import ROWS
 from sae.hooks import Hookpoint
 from sae.kernels import StepStats
 from sae.planning import Plan, sparsity_of
@@ -118,10 +119,12 @@ class Learner:
         self.revived = 0
         self.lr = 0.0
         self.refit: float = getattr(config.sae.sparsity, "refit", 0.0)
+        self.last: Batch | None = None
         self.variance = 0.0  # E‖y − mean y‖² of the first batch
 
     def step(self, batch: Batch, done: float) -> StepStats:
         """One Adam step on raw activations; `done` is the share of the tokens trained on."""
+        self.last = batch
         x, y = batch.x.float() * self.scale, batch.y.float() * self.scale
         self.variance = self.variance or _variance(y).item()
         stats = self._gradients(x, y, done)
@@ -154,6 +157,13 @@ class Learner:
             "lr": self.lr,
             "sequences": len(torch.stack([document, position // context]).unique(dim=1)[0]),
         }
+
+    def examples(self) -> dict[str, Tensor | None]:
+        """A few raw activations of the last batch, for the fingerprint of the weights."""
+        if self.last is None:
+            return {}
+        x, y = self.last.x[: 2 * ROWS], self.last.y[: 2 * ROWS]  # twice, should some not be finite
+        return {"inputs": x, "targets": None if y.shape == x.shape and torch.equal(x, y) else y}
 
     def _gradients(self, x: Tensor, y: Tensor, done: float) -> StepStats:
         sparsity = self.config.sae.sparsity
@@ -255,7 +265,7 @@ def save(plan: Plan, point: Hookpoint, learner: Learner, tokens: int, interrupte
         "seed": plan.config.seed,
     }
     with staged(plan.output / "saes" / folder_name(str(point)), extra=origin) as folder:
-        learner.sae.folded(learner.scale).save_pretrained(folder, metadata=origin)
+        learner.sae.folded(learner.scale).save_pretrained(folder, origin, **learner.examples())
 
 
 class Log:
