@@ -382,9 +382,9 @@ class _Loader(yaml.SafeLoader):
             first[key.value] = key
         return node
 
-    def fetch_flow_collection_start(self, token: Any) -> None:
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
         self._go_deeper(self.flow_level)
-        super().fetch_flow_collection_start(token)
+        super().fetch_flow_collection_start(TokenClass)
 
     def add_indent(self, column: int) -> bool:
         self._go_deeper(len(self.indents))

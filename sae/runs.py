@@ -52,6 +52,7 @@ def open_run(path: str | Path, sae: str | None = None, device: str = "auto") -> 
         ModelError, DataError: its model or text is gone.
     """
     run = Run(path)
+    store.check_files(run.path, run.config_path.name)
     config = settings.load(run.config_path)
     chosen = [run.sae(sae)] if sae is not None else list(run.saes().values()) or [run.sae()]
     hookpoints = {_hookpoint(folder): folder for folder in chosen}

@@ -23,7 +23,7 @@ ROWS = (
     "activations losses revival",
     "formats evaluation planning",
     "training features terminal",
-    "runs",
+    "runs verification",
     "cli",
 )
 ROW = {name: row for row, names in enumerate(ROWS) for name in names.split()}
