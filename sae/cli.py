@@ -334,7 +334,7 @@ def _top_of_text(given: dict[str, object]) -> None:
 
     console = make_console()
     for point, found in features_of(opened, str(given["text"])).items():
-        print(point)
+        print(visible(str(point)))
         console.print(prompt_view(found, console))
 
 

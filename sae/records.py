@@ -6,6 +6,7 @@ tokens.safetensors the scanned text, once. Values are null where a thing does no
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -218,17 +219,21 @@ class FeatureDictionary:
 
     def __len__(self) -> int:
         """The number of features."""
-        return pq.read_metadata(self.folder / "features.parquet").num_rows
+        with _reading(self.folder / "features.parquet") as file:
+            return pq.read_metadata(file).num_rows
 
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
         """The feature table, or some columns of it."""
-        return pq.read_table(self.folder / "features.parquet", columns=columns)
+        with _reading(self.folder / "features.parquet") as file:
+            return pq.read_table(file, columns=columns)
 
     def records(self, features: Iterable[int]) -> list[FeatureRecord]:
         """The records of some features, in the order asked for; RunError out of range."""
         wanted = check_features(list(features), len(self))
         table = self._rows("features.parquet", wanted)
         by_feature = {row["feature"]: FeatureRecord.from_row(row) for row in table.to_pylist()}
+        if missing := set(wanted) - by_feature.keys():
+            raise self._unsound(f"features.parquet has no row for feature {min(missing)}")
         return [by_feature[feature] for feature in wanted]
 
     def examples(self, features: Iterable[int], kind: str | None = None) -> list[Example]:
@@ -240,6 +245,9 @@ class FeatureDictionary:
     def context(self, example: Example) -> Context:
         """The example's whole sequence."""
         pieces = self._row_pieces(example.row)
+        columns, n = [*example.indices, example.column], len(pieces)
+        if len(example.values) != len(columns) - 1 or not all(0 <= c < n for c in columns):
+            raise self._unsound(f"an example of feature {example.feature} lies outside its text")
         acts = [0.0] * len(pieces)
         for index, value in zip(example.indices, example.values, strict=True):
             acts[index] = value
@@ -271,7 +279,8 @@ class FeatureDictionary:
 
     def _rows(self, name: str, features: list[int]) -> pa.Table:
         wanted = pc.field("feature").isin(features)
-        return pq.read_table(self.folder / name, filters=wanted)
+        with _reading(self.folder / name) as file:
+            return pq.read_table(file, filters=wanted)
 
     @cached_property
     def _text(self) -> Any:
@@ -279,12 +288,23 @@ class FeatureDictionary:
 
     def _row_pieces(self, row: int) -> list[str]:
         """The text of each token of a row: piece i is bytes offsets[i] to offsets[i + 1]."""
-        width = self._text.get_slice("tokens").get_shape()[1]
+        height, width = self._text.get_slice("tokens").get_shape()
+        if not 0 <= row < height:
+            raise self._unsound(f"there is no row {row} in {TOKENS}")
         offsets = self._text.get_slice("piece_offsets")[row * width : (row + 1) * width + 1]
-        start = int(offsets[0])
-        text = self._text.get_slice("piece_bytes")[start : int(offsets[-1])].tobytes()
-        cuts = [int(offset) - start for offset in offsets]
-        return [text[a:b].decode() for a, b in itertools.pairwise(cuts)]
+        cuts = [int(offset) for offset in offsets]
+        (size,) = self._text.get_slice("piece_bytes").get_shape()
+        if len(cuts) != width + 1 or cuts != sorted(cuts) or not 0 <= cuts[0] <= cuts[-1] <= size:
+            raise self._unsound(f"the pieces of row {row} in {TOKENS} do not follow each other")
+        text = self._text.get_slice("piece_bytes")[cuts[0] : cuts[-1]].tobytes()
+        start = cuts[0]
+        return [
+            text[a - start : b - start].decode(errors="replace")
+            for a, b in itertools.pairwise(cuts)
+        ]
+
+    def _unsound(self, problem: str) -> FormatError:
+        return FormatError(f"{self.folder}: {problem}; make it again with: sae features RUN")
 
 
 def check_dictionary(folder: Path) -> None:
@@ -300,13 +320,20 @@ def check_dictionary(folder: Path) -> None:
         _check_tokens(folder / TOKENS)
 
 
-def _check_table(file: Path, schema: pa.Schema) -> None:
-    """FormatError where a file is no Parquet, or lacks a column or has it of another type."""
+@contextmanager
+def _reading(file: Path) -> Iterator[Path]:
+    """What goes wrong in reading a Parquet file is a FormatError that names it."""
     try:
-        there = pq.read_schema(file, memory_map=False)
-    except (pa.ArrowException, OSError) as error:
+        yield file
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise FormatError(f"{file} is damaged or no Parquet file: {first}") from None
+
+
+def _check_table(file: Path, schema: pa.Schema) -> None:
+    """FormatError where a file is no Parquet, or lacks a column or has it of another type."""
+    with _reading(file):
+        there = pq.read_schema(file)
     for field in schema:
         if field.name not in there.names or there.field(field.name).type != field.type:
             raise FormatError(
