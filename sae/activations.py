@@ -174,6 +174,13 @@ class ActivationStream:
         drawn = {point: acts[rows] for point, acts in self._acts.items()}
         return {point: Batch(values, values, source) for point, values in drawn.items()}
 
+    def peek(self, n: int) -> dict[Hookpoint, Batch]:
+        """The next `n` tokens, without drawing them; at the end of the text the last ones drawn."""
+        rows = torch.cat([self._order, self._drawn.flip(0)])[:n]
+        return {
+            p: Batch(acts[rows], acts[rows], self._source[rows]) for p, acts in self._acts.items()
+        }
+
     def state(self) -> dict[str, Tensor]:
         """What is needed to go on: the tokens not drawn, those read ahead, the generator."""
         tensors = {

@@ -15,13 +15,18 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
+from sae import fingerprint
+from sae.config import YAML_BYTES, parse_yaml
 from sae.errors import ConfigError, FormatError, RunError, suggest
+from sae.fingerprint import FINGERPRINT
 from sae.sparsity import Sparsity, make_sparsity
-from sae.store import WEIGHTS, Run, write_atomic
+from sae.store import WEIGHTS, Run, check_files, write_atomic
+from sae.untrusted import read_header, read_limited
 
 FORMAT = 1
 CONFIG = "cfg.yaml"
 DECODER_NORM = 0.1
+WIDEST = 1 << 28
 _KEYS = ("format", "d_in", "d_sae", "d_out", "subtract_b_dec", "sparsity", "dtype", "metadata")
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16)}
 
@@ -192,9 +197,18 @@ class SparseAutoencoder(nn.Module):
         }
 
     def save_pretrained(
-        self, folder: str | Path, metadata: Mapping[str, Any] | None = None
+        self,
+        folder: str | Path,
+        metadata: Mapping[str, Any] | None = None,
+        *,
+        inputs: Float[Tensor, "n d_in"] | None = None,
+        targets: Float[Tensor, "n d_out"] | None = None,
     ) -> None:
-        """Write sae.safetensors and cfg.yaml; `metadata` is plain data kept beside the weights."""
+        """Write sae.safetensors and cfg.yaml; `metadata` is plain data kept beside the weights.
+
+        With `inputs`, of which 8 rows will do, and the `targets` to rebuild where those differ,
+        what they give is stored too, and checked at every load (see `sae.fingerprint`).
+        """
         folder = Path(folder)
         text = yaml.safe_dump(
             self.config() | {"metadata": dict(metadata or {})}, sort_keys=False, allow_unicode=True
@@ -203,6 +217,9 @@ class SparseAutoencoder(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / CONFIG, text)
         write_atomic(folder / WEIGHTS, to_safetensors(tensors))
+        (folder / FINGERPRINT).unlink(missing_ok=True)
+        if inputs is not None:
+            fingerprint.write(folder, self, inputs, targets, (metadata or {}).get("scale"))
 
     @classmethod
     def from_pretrained(
@@ -215,10 +232,12 @@ class SparseAutoencoder(nn.Module):
     ) -> "SparseAutoencoder":
         """Read the folder of an SAE, or of a run, where `sae` chooses one if there are several.
 
-        `dtype`: as stored where None. Raises RunError where there is no such folder or SAE, and
-        FormatError where files or tensors are missing, unknown or of the wrong shape.
+        `dtype`: as stored where None. Raises RunError where there is no such folder or SAE, or the
+        files are not those its manifest lists, and FormatError where files or tensors are missing,
+        unknown, of the wrong shape, or do not give what the stored fingerprint expects.
         """
         folder = locate(path, sae)
+        check_files(folder, CONFIG, WEIGHTS, FINGERPRINT)
         config = read_config(folder)
         stored = _DTYPES[config["dtype"]]
         model = cls(
@@ -231,6 +250,7 @@ class SparseAutoencoder(nn.Module):
             dtype=stored,
         )
         model.load_state_dict(_read_tensors(folder / WEIGHTS, model), assign=True)
+        fingerprint.check(folder, model, (config.get("metadata") or {}).get("scale"))
         return model.to(device=device, dtype=dtype or stored)
 
 
@@ -255,10 +275,10 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """The checked content of an SAE folder's cfg.yaml; raises FormatError."""
     file = Path(folder) / CONFIG
     try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+        config = parse_yaml(read_limited(file, YAML_BYTES).decode())
     except FileNotFoundError:
         raise FormatError(f"{folder}: {CONFIG} is missing; copy it along with {WEIGHTS}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         summary = " ".join(str(error).split())[:120]
         raise FormatError(f"{file} cannot be read: {summary}") from None
     if not isinstance(config, dict):
@@ -281,12 +301,15 @@ def _check_config(config: dict[str, Any]) -> None:
     if missing := [key for key in _KEYS if key not in config and key != "metadata"]:
         raise ConfigError(f"missing {', '.join(missing)}")
     for key in ("d_in", "d_sae", "d_out"):
-        if type(config[key]) is not int or config[key] < 1:
-            raise ConfigError(f"{key} {config[key]!r}: expected a positive whole number")
+        if type(config[key]) is not int or not 1 <= config[key] <= WIDEST:
+            shown = repr(config[key])[:40]
+            raise ConfigError(f"{key} {shown}: expected a whole number from 1 to {WIDEST:,}")
     if type(config["subtract_b_dec"]) is not bool:
         raise ConfigError(f"subtract_b_dec {config['subtract_b_dec']!r}: expected true or false")
     if not isinstance(config["dtype"], str) or config["dtype"] not in _DTYPES:
         raise ConfigError(f"dtype {config['dtype']!r}: expected one of {', '.join(_DTYPES)}")
+    if not isinstance(config.get("metadata"), dict | None):
+        raise ConfigError(f"metadata {config['metadata']!r}: expected names and values")
     _check_sparsity(config)
 
 
@@ -308,6 +331,7 @@ def _read_tensors(file: Path, model: SparseAutoencoder) -> dict[str, Tensor]:
     """The tensors of `file`, exactly those of `model` by name, shape and type, or FormatError."""
     if not file.is_file():
         raise FormatError(f"{file.parent}: {WEIGHTS} is missing; copy it along with {CONFIG}")
+    read_header(file)
     try:
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:

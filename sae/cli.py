@@ -381,7 +381,7 @@ def _top_of_text(given: dict[str, object]) -> None:
 
     console = make_console()
     for point, found in features_of(opened, str(given["text"])).items():
-        print(point)
+        print(visible(str(point)))
         console.print(prompt_view(found, console))
 
 
@@ -416,6 +416,29 @@ def export(args: list[str]) -> None:
         print(f"next: in Python, SparseAutoencoder.from_pretrained({out!r})")
     else:
         print(f"next: {Path(out) / 'README.md'} tells how to open it")
+
+
+@_verb("verify", "check a run: hashes, settings, and what its weights give")
+def verify(args: list[str]) -> None:
+    """sae verify."""
+    parser = Parser("verify", "RUN [--sae NAME]")
+    parser.add_argument("run", metavar="RUN", help="folder of a run, such as checkpoints/NAME")
+    parser.add_argument("--sae", metavar="NAME", help="only this one of its SAEs")
+    given = parser.read(args)
+    from sae import verification
+    from sae.store import Run
+
+    run, name = Run(str(given["run"])), _text(given, "sae")
+    done, problems = 0, []
+    for finding in verification.verify(run, name):
+        print(f"{'WRONG' if finding.problems else 'ok':<5} {visible(finding.what)}", end="")
+        print("" if finding.problems else f": {visible(finding.holds)}", flush=True)
+        done, problems = done + 1, problems + finding.problems
+    if problems:
+        problems.append("put back the files that belong there, or make them again")
+        raise RunError("\n".join(problems))
+    print(f"all is well with {run.path}: {done} checks")
+    print(f"next: sae top {shlex.quote(str(run.path))}")
 
 
 def _add_run(parser: Parser) -> None:

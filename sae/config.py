@@ -28,6 +28,11 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from sae.errors import ConfigError, suggest
 
+YAML_BYTES = 1 << 20
+YAML_DEPTH = 64
+YAML_NODES = 1 << 18
+"""What a YAML file may hold once its aliases are written out."""
+
 # Types of settings
 
 Keys = tuple[str, ...]
@@ -394,6 +399,19 @@ class _Loader(yaml.SafeLoader):
             first[key.value] = key
         return node
 
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
+        self._go_deeper(self.flow_level)
+        super().fetch_flow_collection_start(TokenClass)
+
+    def add_indent(self, column: int) -> bool:
+        self._go_deeper(len(self.indents))
+        return super().add_indent(column)
+
+    def _go_deeper(self, depth: int) -> None:
+        """PyYAML's time grows with the square of the depth: 20,000 brackets take 20 s."""
+        if depth >= YAML_DEPTH:
+            raise _TooMuchError(None, None, "nested too deeply", self.get_mark())
+
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
@@ -402,6 +420,45 @@ class _Loader(yaml.SafeLoader):
 
     def construct_int(self, node: yaml.ScalarNode) -> int:
         return int(node.value.replace("_", ""))
+
+
+def parse_yaml(text: str) -> Any:
+    """The content of a YAML text, read by the rules of _Loader.
+
+    Raises yaml.YAMLError, also for aliases that repeat so much, or nest so deeply, that the result
+    would be out of all proportion.
+    """
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _count_nodes(node, {})
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _count_nodes(node: yaml.Node, known: dict[int, int]) -> int:
+    """Nodes of the document with every alias written out, each counted once and looked up after."""
+    if id(node) in known:
+        if not known[id(node)]:
+            raise _TooMuchError(None, None, "a value that holds itself", node.start_mark)
+        return known[id(node)]
+    known[id(node)] = 0
+    inner: list[yaml.Node] = []
+    if isinstance(node, yaml.SequenceNode):
+        inner = node.value
+    elif isinstance(node, yaml.MappingNode):
+        inner = [part for pair in node.value for part in pair]
+    known[id(node)] = 1 + sum(_count_nodes(part, known) for part in inner)
+    if known[id(node)] > YAML_NODES:
+        raise _TooMuchError(None, None, "aliases that repeat too much", node.start_mark)
+    return known[id(node)]
+
+
+class _TooMuchError(yaml.MarkedYAMLError):
+    """A document that would fill the memory, or the stack."""
 
 
 class _DuplicateKey(yaml.MarkedYAMLError):
@@ -440,7 +497,11 @@ _Dumper.add_representer(str, _Dumper.represent_str)
 def _read(path: Path) -> dict[Any, Any]:
     """The mapping in a YAML file; {} where the file holds nothing but comments."""
     try:
-        data = yaml.load(path.read_bytes().decode("utf-8-sig"), _Loader)
+        with path.open("rb") as file:  # which may be a pipe: sae train <(…)
+            content = file.read(YAML_BYTES + 1)
+        if len(content) > YAML_BYTES:
+            raise ConfigError(f"{path}: more than {YAML_BYTES:,} bytes came, wanted settings")
+        data = parse_yaml(content.decode("utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(_missing(path)) from None
     except OSError as error:
@@ -450,8 +511,6 @@ def _read(path: Path) -> dict[Any, Any]:
         raise ConfigError(f"{path} line {where}: not UTF-8 text; save it as UTF-8") from None
     except yaml.YAMLError as error:
         raise ConfigError(_syntax(path, error)) from None
-    except RecursionError:
-        raise ConfigError(f"{path}: nested too deeply; wanted settings such as seed: 1") from None
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -478,6 +537,8 @@ def _syntax(path: Path, error: yaml.YAMLError) -> str:
     where = f"{path} line {mark.line + 1}" if mark else str(path)
     if isinstance(error, _DuplicateKey):
         return f"{where}: {problem}"
+    if isinstance(error, _TooMuchError):
+        return f"{where}: {problem}; wanted settings such as seed: 1"
     hint = "indent with spaces and put text with : * # @ or & in quotes, such as 'builtin:'"
     return f"{where}: not valid YAML ({' '.join(problem.split())}); {hint}"
 
@@ -542,8 +603,8 @@ def _typed(value: object, field: FieldInfo) -> object:
 
 def _parse(text: str) -> object:
     try:
-        value = yaml.load(text, _Loader)
-    except (yaml.YAMLError, RecursionError):
+        value = parse_yaml(text)
+    except yaml.YAMLError:
         return text
     return text if isinstance(value, dict) else value
 

@@ -6,6 +6,7 @@ tokens.safetensors the scanned text, once. Values are null where a thing does no
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from safetensors import safe_open
 
-from sae.errors import RunError
+from sae.errors import FormatError, RunError
+from sae.store import check_files
+from sae.untrusted import read_header
 
 KINDS = ("top", "interval", "random")
 INTERVALS = 5
@@ -72,6 +75,8 @@ EXAMPLES_SCHEMA = pa.schema(
         ("values", pa.list_(pa.float32())),
     ]
 )
+TABLES = {"features.parquet": FEATURES_SCHEMA, "examples.parquet": EXAMPLES_SCHEMA}
+TOKENS = "tokens.safetensors"
 
 
 @dataclass(frozen=True)
@@ -210,20 +215,25 @@ class FeatureDictionary:
         self.folder = Path(folder)
         if not (self.folder / "features.parquet").is_file():
             raise RunError(f"{folder} holds no features.parquet; make it with: sae features RUN")
+        check_dictionary(self.folder)
 
     def __len__(self) -> int:
         """The number of features."""
-        return pq.read_metadata(self.folder / "features.parquet").num_rows
+        with _reading(self.folder / "features.parquet") as file:
+            return pq.read_metadata(file).num_rows
 
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
         """The feature table, or some columns of it."""
-        return pq.read_table(self.folder / "features.parquet", columns=columns)
+        with _reading(self.folder / "features.parquet") as file:
+            return pq.read_table(file, columns=columns)
 
     def records(self, features: Iterable[int]) -> list[FeatureRecord]:
         """The records of some features, in the order asked for; RunError out of range."""
         wanted = check_features(list(features), len(self))
         table = self._rows("features.parquet", wanted)
         by_feature = {row["feature"]: FeatureRecord.from_row(row) for row in table.to_pylist()}
+        if missing := set(wanted) - by_feature.keys():
+            raise self._unsound(f"features.parquet has no row for feature {min(missing)}")
         return [by_feature[feature] for feature in wanted]
 
     def examples(self, features: Iterable[int], kind: str | None = None) -> list[Example]:
@@ -235,6 +245,9 @@ class FeatureDictionary:
     def context(self, example: Example) -> Context:
         """The example's whole sequence."""
         pieces = self._row_pieces(example.row)
+        columns, n = [*example.indices, example.column], len(pieces)
+        if len(example.values) != len(columns) - 1 or not all(0 <= c < n for c in columns):
+            raise self._unsound(f"an example of feature {example.feature} lies outside its text")
         acts = [0.0] * len(pieces)
         for index, value in zip(example.indices, example.values, strict=True):
             acts[index] = value
@@ -266,20 +279,79 @@ class FeatureDictionary:
 
     def _rows(self, name: str, features: list[int]) -> pa.Table:
         wanted = pc.field("feature").isin(features)
-        return pq.read_table(self.folder / name, filters=wanted)
+        with _reading(self.folder / name) as file:
+            return pq.read_table(file, filters=wanted)
 
     @cached_property
     def _text(self) -> Any:
-        return safe_open(self.folder / "tokens.safetensors", framework="numpy")
+        return safe_open(self.folder / TOKENS, framework="numpy")
 
     def _row_pieces(self, row: int) -> list[str]:
         """The text of each token of a row: piece i is bytes offsets[i] to offsets[i + 1]."""
-        width = self._text.get_slice("tokens").get_shape()[1]
+        height, width = self._text.get_slice("tokens").get_shape()
+        if not 0 <= row < height:
+            raise self._unsound(f"there is no row {row} in {TOKENS}")
         offsets = self._text.get_slice("piece_offsets")[row * width : (row + 1) * width + 1]
-        start = int(offsets[0])
-        text = self._text.get_slice("piece_bytes")[start : int(offsets[-1])].tobytes()
-        cuts = [int(offset) - start for offset in offsets]
-        return [text[a:b].decode() for a, b in itertools.pairwise(cuts)]
+        cuts = [int(offset) for offset in offsets]
+        (size,) = self._text.get_slice("piece_bytes").get_shape()
+        if len(cuts) != width + 1 or cuts != sorted(cuts) or not 0 <= cuts[0] <= cuts[-1] <= size:
+            raise self._unsound(f"the pieces of row {row} in {TOKENS} do not follow each other")
+        text = self._text.get_slice("piece_bytes")[cuts[0] : cuts[-1]].tobytes()
+        start = cuts[0]
+        return [
+            text[a - start : b - start].decode(errors="replace")
+            for a, b in itertools.pairwise(cuts)
+        ]
+
+    def _unsound(self, problem: str) -> FormatError:
+        return FormatError(f"{self.folder}: {problem}; make it again with: sae features RUN")
+
+
+def check_dictionary(folder: Path) -> None:
+    """Refuse a dictionary whose files are not what its manifest says, or not what they claim.
+
+    Raises RunError and FormatError, both naming the file.
+    """
+    check_files(folder, *TABLES, TOKENS)
+    for name, schema in TABLES.items():
+        if (folder / name).exists():
+            _check_table(folder / name, schema)
+    if (folder / TOKENS).exists():
+        _check_tokens(folder / TOKENS)
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[Path]:
+    """What goes wrong in reading a Parquet file is a FormatError that names it."""
+    try:
+        yield file
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise FormatError(f"{file} is damaged or no Parquet file: {first}") from None
+
+
+def _check_table(file: Path, schema: pa.Schema) -> None:
+    """FormatError where a file is no Parquet, or lacks a column or has it of another type."""
+    with _reading(file):
+        there = pq.read_schema(file)
+    for field in schema:
+        if field.name not in there.names or there.field(field.name).type != field.type:
+            raise FormatError(
+                f"{file} has no column {field.name!r} of type {str(field.type)[:60]}; "
+                "make it again with: sae features RUN"
+            )
+
+
+def _check_tokens(file: Path) -> None:
+    """FormatError where the tensors cannot be the scanned text."""
+    found = {name: (entry.dtype, len(entry.shape)) for name, entry in read_header(file).items()}
+    wanted = {"tokens": 2, "piece_offsets": 1, "piece_bytes": 1}
+    for name, dimensions in wanted.items():
+        if found.get(name, ("", 0))[1] != dimensions:
+            raise FormatError(
+                f"{file} has no tensor {name!r} of {dimensions} dimensions; "
+                "make it again with: sae features RUN"
+            )
 
 
 def parse_features(text: str, d_sae: int) -> list[int]:

@@ -52,6 +52,7 @@ def open_run(path: str | Path, sae: str | None = None, device: str = "auto") -> 
         ModelError, DataError: its model or text is gone.
     """
     run = Run(path)
+    store.check_files(run.path, run.config_path.name)
     config = settings.load(run.config_path)
     chosen = [run.sae(sae)] if sae is not None else list(run.saes().values()) or [run.sae()]
     hookpoints = {_hookpoint(folder): folder for folder in chosen}
@@ -86,7 +87,7 @@ def evaluate_run(
     for point, evaluation in found.items():
         folder = opened.folders[point]
         result = {"sae_sha256": store.sha256(folder / store.WEIGHTS)} | _origin(opened)
-        store.write_json(folder / "eval.json", result | evaluation.to_dict())
+        store.write_result(folder, "eval.json", result | evaluation.to_dict())
     return found
 
 

@@ -19,14 +19,16 @@ from typing import Any
 
 import filelock
 
-from sae import __version__
-from sae.errors import RunError, suggest
+from sae import __version__, untrusted
+from sae.errors import FormatError, RunError, suggest
 
-FORMAT = 1
+FORMAT = 2
+"""1 had no seal."""
 MANIFEST = "manifest.json"
 WEIGHTS = "sae.safetensors"
 LOCK = ".lock"
-_OWN_KEYS = frozenset({"format", "versions", "files"})
+OWN_KEYS = frozenset({"format", "versions", "files", "seal"})
+"""What every manifest says; the rest tells where the folder came from."""
 _VERSIONS_OF = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "pyarrow")
 
 
@@ -62,7 +64,11 @@ def write_atomic(path: str | Path, data: str | bytes) -> None:
 
 def write_json(path: str | Path, value: object) -> None:
     """Write JSON atomically; raises ValueError on NaN and infinities, which JSON does not have."""
-    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_atomic(path, _to_json(value))
+
+
+def _to_json(value: object) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 @contextlib.contextmanager
@@ -110,7 +116,7 @@ def staged(
 def write_manifest(folder: Path, extra: Mapping[str, Any] | None = None) -> None:
     """Write manifest.json over every file of `folder`, all of them on the disk before it is."""
     extra = dict(extra or {})
-    if taken := _OWN_KEYS & extra.keys():
+    if taken := OWN_KEYS & extra.keys():
         raise ValueError(f"manifest keys {sorted(taken)} are the manifest's own")
     files = {}
     for file in covered_files(folder):
@@ -119,8 +125,25 @@ def write_manifest(folder: Path, extra: Mapping[str, Any] | None = None) -> None
         files[name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
     for inner in sorted(p for p in folder.rglob("*") if p.is_dir()):
         fsync(inner)
-    manifest = {"format": FORMAT, "versions": versions(), **extra, "files": files}
-    write_json(folder / MANIFEST, manifest)
+    _seal(folder, {"format": FORMAT, "versions": versions(), **extra, "files": files})
+
+
+def _seal(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write manifest.json with a hash of itself, so that no slip in it goes unseen either."""
+    manifest.pop("seal", None)
+    seal = hashlib.sha256(_to_json(manifest).encode()).hexdigest()
+    write_json(folder / MANIFEST, manifest | {"seal": seal})
+
+
+def write_result(folder: Path, name: str, value: object) -> None:
+    """Write JSON into a finished folder, and into its manifest where it has one."""
+    write_json(folder / name, value)
+    if not (folder / MANIFEST).exists():
+        return
+    manifest = read_manifest(folder)
+    file = folder / name
+    manifest["files"][name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    _seal(folder, manifest | {"format": FORMAT})
 
 
 def covered_files(folder: Path) -> list[Path]:
@@ -203,13 +226,13 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     """The manifest of a folder; raises RunError where it is missing, broken or too new."""
     file = Path(path) / MANIFEST
     try:
-        manifest = json.loads(file.read_text())
+        manifest = untrusted.read_json(file)
     except FileNotFoundError:
         raise RunError(f"{path} is not complete: it has no {MANIFEST}") from None
-    except (OSError, ValueError) as error:
-        raise RunError(f"{file} cannot be read: {error}") from None
+    except FormatError as error:
+        raise RunError(str(error)) from None
     number = manifest.get("format") if isinstance(manifest, dict) else None
-    if not isinstance(number, int) or number > FORMAT:
+    if not isinstance(number, int) or not 1 <= number <= FORMAT:
         raise RunError(
             f"{file}: format {number!r} is not known to sae {__version__}, which reads up to "
             f"{FORMAT}; install a newer sae-toolkit"
@@ -217,13 +240,23 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     files = manifest.get("files")
     if not isinstance(files, dict) or not all(map(_is_entry, files, files.values())):
         raise RunError(f"{file} is damaged: its list of files holds what no manifest would say")
+    if number > 1 and not _is_sealed(file, manifest):
+        raise RunError(f"{file} is damaged or was edited: it is not what its own seal says")
     return manifest
+
+
+def _is_sealed(file: Path, manifest: dict[str, Any]) -> bool:
+    """Whether the file is, to the byte, what was written."""
+    rest = {name: value for name, value in manifest.items() if name != "seal"}
+    seal = hashlib.sha256(_to_json(rest).encode("utf-8", "replace")).hexdigest()
+    return file.read_bytes() == _to_json(rest | {"seal": seal}).encode("utf-8", "replace")
 
 
 def _is_entry(name: str, facts: object) -> bool:
     """Whether a manifest may say this: a name below its folder, a size and a hash."""
-    parts = name.split("/")
-    if not set(parts).isdisjoint(("", ".", "..")) or set(name) & set("\\\0") or name[1:2] == ":":
+    if not set(name.split("/")).isdisjoint(("", ".", "..")) or name[1:2] == ":":
+        return False
+    if set(name) & set("\\\0") or any("\ud800" <= c <= "\udfff" for c in name):
         return False
     if not isinstance(facts, dict) or facts.keys() != {"bytes", "sha256"}:
         return False

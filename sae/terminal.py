@@ -36,6 +36,8 @@ _PALE, _STRONG = (255, 236, 210), (255, 128, 0)
 _BARS = " ▁▂▃▄▅▆▇█"
 _BEFORE, _AFTER = 24, 12
 """Tokens of context on a feature's page."""
+TOKEN, LABEL = 80, 400
+"""Characters shown of one token, and of a label: a token may be a megabyte."""
 _BESIDE_EXAMPLE = 40
 """Cells that the columns of numbers and the gaps need in the table."""
 
@@ -76,10 +78,10 @@ def feature_page(dictionary: FeatureDictionary, feature: int, console: Console) 
     """All about one feature: numbers, histogram, tokens, neurons, neighbours, examples."""
     record = dictionary.records([feature])[0]
     manifest = read_manifest(dictionary.folder)
-    origin = " of ".join(str(manifest[key]) for key in ("hookpoint", "model") if key in manifest)
+    origin = " of ".join(_shown(manifest[key]) for key in ("hookpoint", "model") if key in manifest)
     title = Text(f"Feature {feature}", style="bold").append(f"  {origin}", style="not bold dim")
     if record.label:
-        title.append(f"\n{visible(record.label)}", style="not bold")
+        title.append(f"\n{_shown(record.label, LABEL)}", style="not bold")
     parts: list[RenderableType] = [title, Text(), _statistics(record)]
     if record.histogram is not None:
         parts += [Text(), _bars(record.histogram)]
@@ -171,7 +173,7 @@ def _shade(act: float, top: float) -> Style:
 
 def _token(context: Context, index: int, top: float, plain: bool) -> Text:
     """One token of a context, shaded by its activation, the marked one marked."""
-    shown = visible(context.pieces[index])
+    shown = _shown(context.pieces[index])
     marked = index == context.peak
     if plain:
         return Text(f"«{shown}»" if marked else shown)
@@ -209,7 +211,13 @@ def _pieces(tokens: Sequence[TokenValue]) -> Text:
 
 def _listed(piece: str) -> str:
     """A token on its own, visible even where it is nothing but spaces."""
-    return visible(piece) if piece.strip(" ") else "␣" * len(piece)
+    return _shown(piece) if piece.strip(" ") else _shown("␣" * min(len(piece), 2 * TOKEN))
+
+
+def _shown(text: object, limit: int = TOKEN) -> str:
+    """Text on one line and harmless, only its start where it is very long."""
+    text = str(text)
+    return visible(text) if len(text) <= limit else f"{visible(text[:limit])}…"
 
 
 def _statistics(record: FeatureRecord) -> Table:

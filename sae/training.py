@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from sae import checkpoint, mirror, planning, store
+from sae import checkpoint, fingerprint, mirror, planning, store
 from sae import config as settings
 from sae.activations import ActivationStream, Batch
 from sae.checkpoint import Checkpoint
@@ -244,8 +244,9 @@ class Training:
     def finish(self, ended: str) -> None:
         """Write the SAEs and the manifest; a run that has ended needs its checkpoints no more."""
         if self.steps and self.healthy():
+            examples = self.stream.peek(2 * fingerprint.ROWS)  # twice, should some not be finite
             for point, learner in self.learners.items():
-                save(self.plan, point, learner, self.tokens, ended)
+                save(self.plan, point, learner, examples[point], self.tokens, ended)
         facts = {"tokens": self.tokens, "ended": ended, "seconds": round(self.seconds, 1)}
         store.write_manifest(self.plan.output, facts)
         if ended in (COMPLETE, TEXT_ENDED):
@@ -271,8 +272,10 @@ def _gave_up(training: Training) -> RunError:
     )
 
 
-def save(plan: Plan, point: Hookpoint, learner: Learner, tokens: int, ended: str) -> None:
-    """Write one SAE for raw activations, with where it came from."""
+def save(
+    plan: Plan, point: Hookpoint, learner: Learner, examples: Batch, tokens: int, ended: str
+) -> None:
+    """Write one SAE for raw activations, with its origin and what it gives for examples."""
     available = plan.source.tokens_available
     origin = {
         "hookpoint": str(point),
@@ -288,7 +291,7 @@ def save(plan: Plan, point: Hookpoint, learner: Learner, tokens: int, ended: str
     }
     folder = plan.output / "saes" / folder_name(str(point))
     with store.staged(folder, extra=origin, overwrite=True) as staging:
-        learner.sae.folded(learner.scale).save_pretrained(staging, metadata=origin)
+        learner.sae.folded(learner.scale).save_pretrained(staging, origin, inputs=examples.x)
 
 
 class Log:

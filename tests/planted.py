@@ -120,7 +120,7 @@ def planted(run: Path, settings: ScanSettings | None = None) -> Planted:
     tokenizer = byte_tokenizer()
     model, sae, text = tiny_model(len(tokenizer)), make_sae(), rows(tokenizer)
     folder = run / "saes" / SITE
-    sae.save_pretrained(folder, {"hookpoint": SITE})
+    sae.save_pretrained(folder, {"hookpoint": SITE}, inputs=torch.eye(NEURONS))
     write_manifest(folder, SOURCE)
     write_atomic(run / "config.yaml", "seed: 0\n")
     batches = [text[i : i + 7] for i in range(0, ROWS, 7)]

@@ -15,14 +15,16 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 ROWS = (
     "errors memory stopping",
-    "config records builtin",
+    "untrusted",
+    "config builtin",
     "store text hooks documents sparsity kernels language_model mirror",
-    "autoencoder data progress checkpoint",
+    "fingerprint data progress records checkpoint",
+    "autoencoder",
     "activations losses revival",
     "formats evaluation planning",
     "learner resuming features terminal",
     "training",
-    "runs",
+    "runs verification",
     "cli",
 )
 ROW = {name: row for row, names in enumerate(ROWS) for name in names.split()}

@@ -1,10 +1,12 @@
 """What is read is what was written, selections are checked, and reading needs neither torch nor a
 tokenizer."""
 
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from planted import CONTEXT, D_SAE, DEAD, Planted
 
 from sae import records
-from sae.errors import RunError
+from sae.errors import FormatError, RunError, SAEError
 from sae.records import Example, FeatureDictionary, FeatureRecord, parse_features
 from sae.text import TokenPieces
 
@@ -148,3 +150,64 @@ def test_reading_does_without_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def read_all(folder: Path) -> None:
+    """All that a dictionary has."""
+    dictionary = FeatureDictionary(folder)
+    everything = range(len(dictionary))
+    dictionary.ranked()
+    dictionary.sample(3, 0)
+    dictionary.records(everything)
+    for example in dictionary.examples(everything):
+        dictionary.context(example)
+
+
+@pytest.fixture
+def by_hand(made: Planted, tmp_path: Path) -> Path:
+    """A dictionary copied without its manifest, so that only sense can tell what is wrong."""
+    folder = Path(shutil.copytree(made.folder / "features", tmp_path / "features"))
+    (folder / "manifest.json").unlink()
+    read_all(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["features.parquet", "examples.parquet", "tokens.safetensors"])
+def test_a_dictionary_without_a_manifest_is_refused_where_it_makes_no_sense(
+    by_hand: Path, name: str
+) -> None:
+    """Random damage: read all the same, or refused in words; never an error of another kind."""
+    random, refused, sound = Random(name), 0, (by_hand / name).read_bytes()
+    for number in range(40):
+        content = bytearray(sound)
+        # the start and the end hold what says how to read the rest
+        near = random.choice([range(200), range(len(sound)), range(len(sound) - 200, len(sound))])
+        content[random.choice(near)] ^= 1 << random.randrange(8)
+        (by_hand / name).write_bytes(content[: random.choice([len(content)] * 4 + [number * 9])])
+        try:
+            read_all(by_hand)
+        except SAEError as error:
+            refused += 1
+            assert str(by_hand) in str(error) and len(str(error).splitlines()) <= 3
+    assert refused > 10
+
+
+def test_rows_that_do_not_fit_each_other_are_refused(by_hand: Path) -> None:
+    for name, column, value, words in (
+        ("features.parquet", "feature", 7, "no row for feature"),
+        ("examples.parquet", "row", 10**6, "no row 1000000"),
+        ("examples.parquet", "column", -1, "outside its text"),
+        ("examples.parquet", "indices", [CONTEXT], "outside its text"),
+        ("examples.parquet", "values", [], "outside its text"),
+    ):
+        table = pq.read_table(by_hand / name)
+        schema = records.TABLES[name]
+        rows = [row | {column: value} for row in table.to_pylist()]
+        pq.write_table(pa.Table.from_pylist(rows, schema), by_hand / name)
+        with pytest.raises(FormatError, match=words):
+            read_all(by_hand)
+        pq.write_table(table, by_hand / name)
+    table = pq.read_table(by_hand / "features.parquet").drop_columns(["writes"])
+    pq.write_table(table, by_hand / "features.parquet")
+    with pytest.raises(FormatError, match="no column 'writes'"):
+        FeatureDictionary(by_hand)

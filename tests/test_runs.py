@@ -56,11 +56,10 @@ def test_an_sae_that_is_not_there_is_named(run: Path, name: str, words: str) -> 
 
 def test_broken_runs_say_what_is_missing(copy: Path) -> None:
     sae = Run(copy).sae("layers.0.mlp_act")
-    manifest = read_manifest(sae)
-    store.write_json(sae / "manifest.json", {"format": 1})
+    store.write_manifest(sae)
     with pytest.raises(RunError, match="does not say which hookpoint"):
         runs.open_run(copy)
-    store.write_json(sae / "manifest.json", manifest | {"hookpoint": "layer 0"})
+    store.write_manifest(sae, {"hookpoint": "layer 0"})
     with pytest.raises(HookpointError, match="layer 0"):
         runs.open_run(copy)
     (sae / "manifest.json").unlink()

@@ -3,18 +3,24 @@ from the model reach the terminal as a command or as markup."""
 
 import io
 import re
+import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from planted import D_SAE, DEAD, Planted, planted
+from planted import D_SAE, DEAD, SITE, Planted, planted
 from rich.cells import cell_len
 from rich.console import Console
+from safetensors.numpy import load_file, save_file
 
+from sae import cli, store
 from sae.evaluation import CrossEntropy, Density, Estimate, Evaluation, NeuronBaseline
-from sae.records import Context, FeatureDictionary
+from sae.records import FEATURES_SCHEMA, Context, FeatureDictionary
 from sae.terminal import (
     _plain,
     _snippet,
@@ -26,7 +32,7 @@ from sae.terminal import (
 )
 
 ALIVE = 30
-NASTY = "\x1b[31m\x07[bold]\u202e\u200b:smile:\n"
+NASTY = "\x1b[31m\x07[bold]\u202e\u200b:smile:\n\x9b2J\x7f\u2066\u200d\ud800\u2028\ufeff\r\x08"
 
 
 @pytest.fixture(scope="module")
@@ -134,16 +140,61 @@ def test_text_of_tokens_is_neither_command_nor_markup(made: Planted, tmp_path: P
 class _Nasty(FeatureDictionary):
     """A dictionary whose every token is hostile."""
 
-    def __init__(self, genuine: FeatureDictionary, record: Any) -> None:
+    def __init__(self, genuine: FeatureDictionary, record: Any, piece: str = NASTY) -> None:
         super().__init__(genuine.folder)
-        self.record = record
+        self.record, self.piece = record, piece
 
     def records(self, features: Any) -> list[Any]:
         return [self.record for _ in features]
 
     def context(self, example: Any) -> Context:
         genuine = super().context(example)
-        return replace(genuine, pieces=[NASTY] * len(genuine.pieces))
+        return replace(genuine, pieces=[self.piece] * len(genuine.pieces))
+
+
+LONG = 1 << 20
+
+
+@pytest.mark.parametrize("piece", ["a", "\x1b[2J", "日", "\u202e", "\ud800", " ", "a\u0301", "\n"])
+def test_a_token_of_a_megabyte_is_shown_in_part_and_at_once(made: Planted, piece: str) -> None:
+    huge = piece * (LONG // len(piece))
+    dictionary = FeatureDictionary(made.folder / "features")
+    record = dictionary.records([ALIVE])[0]
+    worst = replace(record.top_tokens[0], piece=huge)
+    fake = _Nasty(dictionary, replace(record, top_tokens=[worst], writes=[worst], label=huge), huge)
+    to, start = console(100), time.perf_counter()
+    out = printed(feature_page(fake, ALIVE, to), to) + printed(feature_table(fake, [ALIVE], to), to)
+    out += printed(prompt_view([(huge, [(1, 2.0)])] * 3, to), to)
+    assert time.perf_counter() - start < 5 and len(out) < 2_000_000
+    assert all(line.isprintable() and cell_len(line) <= 100 for line in out.split("\n"))
+
+
+@pytest.mark.parametrize(
+    "args", [["--feature", f"{ALIVE}"], [], ["--search", "bold"], ["--sample", "1"]]
+)
+def test_sae_top_shows_a_hostile_dictionary_harmlessly(
+    made: Planted, tmp_path: Path, args: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Hostile tokens, text, label and origin in the files themselves, under a sound manifest."""
+    run = Path(shutil.copytree(made.folder.parents[1], tmp_path / "run"))
+    features = run / "saes" / SITE / "features"
+    nasty = NASTY.replace("\ud800", "")  # Parquet holds UTF-8 only
+    rows = pq.read_table(features / "features.parquet").to_pylist()
+    for row in rows:
+        row["label"] = nasty
+        for token in [*row["top_tokens"], *(row["writes"] or []), *(row["reads"] or [])]:
+            token["piece"] = nasty * (50_000 if row["feature"] == ALIVE else 1)
+    pq.write_table(pa.Table.from_pylist(rows, FEATURES_SCHEMA), features / "features.parquet")
+    tokens = load_file(features / "tokens.safetensors")
+    raw = np.resize(np.frombuffer(nasty.encode(), np.uint8), len(tokens["piece_bytes"]))
+    save_file(tokens | {"piece_bytes": raw}, features / "tokens.safetensors")
+    manifest = store.read_manifest(features)
+    origin = {k: v for k, v in manifest.items() if k not in store.OWN_KEYS} | {"model": nasty}
+    store.write_manifest(features, origin)
+    assert cli.main(["top", str(run), *args]) == 0
+    out = capsys.readouterr().out
+    assert "[bold]" in out and "\\x1b[31m" in out
+    assert all(line.isprintable() for line in out.split("\n"))
 
 
 def test_a_prompt_has_a_line_for_each_token() -> None:

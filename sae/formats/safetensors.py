@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 
+from sae import fingerprint
 from sae.autoencoder import CONFIG, SparseAutoencoder, read_config
 from sae.errors import FormatError
+from sae.fingerprint import FINGERPRINT
 from sae.formats.tables import provenance
 from sae.records import check_features
 from sae.sparsity import make_sparsity
-from sae.store import MANIFEST, WEIGHTS, read_manifest, sha256, staged, write_json
+from sae.store import MANIFEST, WEIGHTS, check_files, read_manifest, sha256, staged, write_json
 
 _COMPETING = frozenset({"topk", "batch_topk"})
 """Kinds in which a feature is active only where it beats the others."""
@@ -23,15 +25,20 @@ def write(sae_folder: Path, out: Path, features: list[int] | None = None) -> Non
     With `features` the result has just those, renumbered from 0; provenance.json tells which they
     were. Raises FormatError where their activations would no longer be the same.
     """
+    files = (WEIGHTS, CONFIG, FINGERPRINT)
+    check_files(sae_folder, *files)
     metadata = read_config(sae_folder).get("metadata") or {}
     facts = _facts(sae_folder, metadata, features)
     chosen = None if features is None else _select(sae_folder, features)
     with staged(out, extra=facts) as folder:
         if chosen is None:
-            for name in (WEIGHTS, CONFIG):
-                shutil.copy(sae_folder / name, folder)
+            for name in files:
+                if (sae_folder / name).exists():
+                    shutil.copy(sae_folder / name, folder)
         else:
-            chosen.save_pretrained(folder, {**metadata, "features": features})
+            known = fingerprint.read(sae_folder, chosen)
+            examples = {"inputs": known.x, "targets": known.y} if known else {}
+            chosen.save_pretrained(folder, {**metadata, "features": features}, **examples)
         write_json(folder / "provenance.json", facts)
 
 

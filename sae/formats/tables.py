@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sae.formats.card import TABLES, write_card
-from sae.records import check_features
-from sae.store import features_folder, read_manifest, staged, write_json
+from sae.records import TOKENS, check_dictionary, check_features
+from sae.store import OWN_KEYS, features_folder, read_manifest, staged, write_json
 
 BATCH_ROWS = 4096
 
@@ -29,6 +29,7 @@ def export(
 ) -> None:
     """Write both tables by `write_table`, with the tokens they refer to, card and provenance."""
     source = features_folder(sae_folder)
+    check_dictionary(source)
     manifest = read_manifest(source)
     if features is not None:
         check_features(features, manifest["d_sae"])
@@ -37,15 +38,14 @@ def export(
         for name, schema in TABLES.items():
             rows = _selected(source / f"{name}.parquet", features)
             write_table(folder / f"{name}.{suffix}", schema, rows)
-        shutil.copy(source / "tokens.safetensors", folder)
+        shutil.copy(source / TOKENS, folder)
         write_card(folder, suffix, manifest, note)
         write_json(folder / "provenance.json", facts)
 
 
 def provenance(manifest: Mapping[str, Any], features: list[int] | None) -> dict[str, Any]:
     """Where the numbers came from: what the manifest says, and which features were chosen."""
-    own = ("format", "versions", "files")
-    return {k: v for k, v in manifest.items() if k not in own} | {"features": features}
+    return {k: v for k, v in manifest.items() if k not in OWN_KEYS} | {"features": features}
 
 
 def rows_of(batches: Rows) -> Iterator[dict[str, Any]]:
