@@ -181,10 +181,11 @@ class Learner:
         if self.sae.sparsity.revival != "resample" or self._decayed(done) < 1:
             return
         if self.tokens_since_revival >= optim.dead_after:
-            dead = self.dead
             x, y = batch.x.float() * self.scale, batch.y.float() * self.scale
-            self.revived += resample(self.sae, self.optimizer, x, y, dead, self.generator)
-            self.quiet[dead] = 0
+            dead = self._quietest_dead(len(x))
+            moved = resample(self.sae, self.optimizer, x, y, dead, self.generator)
+            self.revived += int(moved.sum())
+            self.quiet[moved] = 0
             self.tokens_since_revival = 0
 
 

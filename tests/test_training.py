@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import BATCH, CONTEXT, RELU, TOKENS, llama, planned, save
 
 from sae import config, training
@@ -143,3 +144,21 @@ def test_nothing_is_sent_anywhere_unless_asked(
     with pytest.warns(UserWarning, match="training goes on"):
         run = training.train(planned(folder, short))
     assert read_manifest(run)["tokens"] == 128
+
+
+def test_a_dead_feature_that_is_not_resampled_stays_dead(folder: Path, tmp_path: Path) -> None:
+    """96 never fire, a batch of 64 tokens revives 64 of them, those quiet longest."""
+    from sae.learner import Learner
+
+    changes = RELU | {"output": str(tmp_path / "run"), "optim.dead_after": str(BATCH)}
+    plan = planned(folder, changes | {"sae.d_sae": "96"})
+    stream = training.Training(plan).stream
+    (point,) = plan.hookpoints
+    learner = Learner.begin(plan, point, stream.statistics()[point])
+    batch = next(iter(stream))[point]
+    with torch.no_grad():
+        learner.sae.b_enc.fill_(-1e6)
+    learner.quiet += torch.arange(96)
+    learner.apply(batch, learner.gradients(batch, 0.1), 0.1)
+    assert learner.revived == BATCH and int(learner.dead.sum()) == 96 - BATCH
+    assert torch.equal(learner.quiet[-BATCH:], torch.zeros(BATCH, dtype=torch.long))
