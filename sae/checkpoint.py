@@ -5,6 +5,7 @@ its optimizer), and facts in its manifest. The newest one whose files are all as
 is the one to go on from.
 """
 
+import contextlib
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -79,7 +80,8 @@ def remove(run: Path) -> None:
     if steps.is_dir():
         _prune(steps, keep=0)
         _sweep(steps)
-        steps.rmdir()
+        with contextlib.suppress(OSError):  # somebody else's file is in it
+            steps.rmdir()
 
 
 def _folders(steps: Path) -> list[Path]:

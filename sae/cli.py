@@ -218,17 +218,19 @@ def _train(config, options: dict) -> int:
 
     keep_freed_memory()
     _quiet_libraries()
-    from sae import planning, resuming, training
+    from sae import checkpoint, planning, resuming, training
     from sae.progress import TrainingProgress
 
     run, saved = planning.output_of(config), None
-    if options.get("resume") == "auto" and not resuming.is_interrupted(run):
+    if options.get("resume") == "auto":
         if resuming.is_complete(run):
             print(f"{run} is complete; nothing to do")
             return 0
-        print(f"nothing to resume in {run}: this is a new run")
+        if (saved := checkpoint.newest(run)) is None:
+            print(f"nothing to resume in {run}: this is a new run")
     elif "resume" in options:
         saved = resuming.saved_state(run)
+    if saved:
         resuming.check_config(saved, config)
     plan = planning.plan(config, resuming="resume" in options)
     if saved:

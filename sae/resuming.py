@@ -10,35 +10,34 @@ from sae.checkpoint import Checkpoint
 from sae.config import TrainConfig
 from sae.errors import ConfigError, RunError
 from sae.planning import Plan, environment
-from sae.store import MANIFEST
+from sae.store import MANIFEST, read_manifest
 
+COMPLETE, TEXT_ENDED = "complete", "text ended"
+"""How a run ends of itself."""
 FREE = ("output", "checkpoint", "wandb")
 """Settings that may change on the way: nothing that is learnt depends on them."""
 
 
 def saved_state(run: Path) -> Checkpoint:
     """The checkpoint to go on from; RunError where there is none, or the run is complete."""
-    saved = checkpoint.newest(run)
-    if saved is not None:
-        return saved
     if is_complete(run):
         raise RunError(
             f"{run}: nothing to resume, the run is complete; --init-from trains it further"
         )
-    raise RunError(
-        f"{run}: nothing to resume, it has no whole checkpoint; start it anew under another "
-        "--output, or here with --resume auto"
-    )
-
-
-def is_interrupted(run: Path) -> bool:
-    """Whether a run has checkpoints, whole or not: a run that has ended keeps none."""
-    return (run / checkpoint.FOLDER).is_dir()
+    saved = checkpoint.newest(run)
+    if saved is None:
+        raise RunError(
+            f"{run}: nothing to resume, it has no whole checkpoint; start it anew under another "
+            "--output, or here with --resume auto"
+        )
+    return saved
 
 
 def is_complete(run: Path) -> bool:
-    """Whether a run has come to its end."""
-    return (run / MANIFEST).is_file() and not is_interrupted(run)
+    """Whether a run has come to its end: it has a manifest, which a run that goes on has not."""
+    if not (run / MANIFEST).is_file():
+        return False
+    return read_manifest(run).get("ended", COMPLETE) in (COMPLETE, TEXT_ENDED)
 
 
 def check_config(saved: Checkpoint, chosen: TrainConfig) -> None:

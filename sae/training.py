@@ -26,6 +26,7 @@ from sae.hooks import Hookpoint
 from sae.kernels import StepStats
 from sae.learner import Learner
 from sae.planning import Plan
+from sae.resuming import COMPLETE, TEXT_ENDED
 from sae.stopping import Stop
 from sae.store import folder_name, write_atomic
 
@@ -34,8 +35,8 @@ SKIPPED_IN_A_ROW = 16
 """Batches skipped one after the other at which a run gives up."""
 RETURNS = 3
 """Times that weights which are not finite send a run back to one and the same checkpoint."""
-COMPLETE, TEXT_ENDED, NOT_FINITE = "complete", "text ended", "not finite"
-"""How a run ends, beside the reasons of `Stop`."""
+NOT_FINITE = "not finite"
+"""How a run ends, beside COMPLETE, TEXT_ENDED and the reasons of `Stop`."""
 
 Batches = Mapping[Hookpoint, Batch]
 Report = Callable[[int, dict[str, dict[str, float]]], None]
@@ -256,8 +257,9 @@ class Training:
 def _prepare(plan: Plan, *, anew: bool) -> None:
     """The run's folder before the first step: its config, and no manifest of an earlier end."""
     if anew:
-        if any((plan.output / name).exists() for name in ("saes", checkpoint.FOLDER)):
+        if (plan.output / "saes").exists() or checkpoint.newest(plan.output):
             raise RunError(f"output: {plan.output} holds a run already; give another folder")
+        checkpoint.remove(plan.output)  # what a crash in the first save has left
         write_atomic(plan.output / "config.yaml", settings.dump(plan.config))
     (plan.output / store.MANIFEST).unlink(missing_ok=True)
 
