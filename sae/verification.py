@@ -77,9 +77,7 @@ def _hashes(run: Run, folder: Path, others: list[Path]) -> Finding:
     inner = tuple(f"{other}/" for other in others if other != folder and folder in other.parents)
     problems = [line for line in store.verify(folder) if not line.startswith(inner or "\0")]
     n = 0 if problems else len(store.read_manifest(folder)["files"])
-    return Finding(
-        _name(run, folder), f"{n} files have the size and SHA-256 written down", problems
-    )
+    return Finding(_name(run, folder), f"{n} files of the expected size and SHA-256", problems)
 
 
 def _weights(run: Run, folder: Path) -> Finding:
