@@ -4,11 +4,11 @@ All hookpoints share one order, so the n-th row of every batch is the same token
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import astuple, dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -60,12 +60,35 @@ class Statistics:
         return math.sqrt(len(self.mean)) / self.mean_norm
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How much text a stream has read: batches of rows, their tokens, and the tokens left out."""
+
+    batches: int = 0
+    tokens: int = 0
+    special: int = 0
+    massive: int = 0
+
+    @property
+    def masked(self) -> float:
+        """Share of the tokens left out, by id or by norm."""
+        return (self.special + self.massive) / max(self.tokens, 1)
+
+
+Block = tuple[dict[Hookpoint, Float[Tensor, "n d"]], Int[Tensor, "n 2"]]
+
+
 class ActivationStream:
     """Shuffled batches at several hookpoints from one forward pass of the model a token.
 
     A pool of `pool` tokens stays on the model's device. It is drawn from at random without
     replacement, and filled up again each time half of it is gone. At the end of the text less than
-    a batch is left over.
+    a batch is left over. `max_norm` leaves out tokens whose norm at any hookpoint is more than so
+    many times the median of their forward pass.
+
+    `stop` is asked between forward passes; once it says True the stream ends, in a state from which
+    it can go on: a stream made with that `state()`, and `tokens` from its batch on, gives the very
+    batches that this one would have given.
 
     Raises:
         DataError: the text has less than a batch.
@@ -82,17 +105,22 @@ class ActivationStream:
         pool: int,
         dtype: torch.dtype,
         generator: torch.Generator,
+        max_norm: float | None = None,
+        state: Mapping[str, Tensor] | None = None,
     ):
-        self._blocks = (read(model, hookpoints, rows, dtype) for rows in tokens)
-        self._batch, self._pool, self._generator = batch, pool, generator
-        self._waiting = next(self._blocks, None)
+        self._model, self._hookpoints, self._dtype = model, hookpoints, dtype
+        self._tokens, self._batch, self._pool = tokens, batch, pool
+        self._generator, self._max_norm = generator, max_norm
+        self.stop: Callable[[], bool] = lambda: False
+        self.reading = Reading()
+        self._order = torch.empty(0, dtype=torch.long)
+        if state is not None:
+            self._restore(state)
+            return
+        self._waiting = self._next_block()
         if self._waiting is None:
             raise DataError("data.source: no text to read; give more text")
-        acts, source = self._waiting
-        self._acts = {point: a.new_empty(pool, a.shape[1]) for point, a in acts.items()}
-        self._source = source.new_empty(pool, 2)
-        self._drawn = torch.arange(pool)
-        self._order = torch.empty(0, dtype=torch.long)
+        self._make_room(*self._waiting)
         self._fill()
         if len(self._order) < batch:
             raise DataError(
@@ -101,22 +129,25 @@ class ActivationStream:
             )
 
     def statistics(self) -> dict[Hookpoint, Statistics]:
-        """Mean and mean norm of what the pool holds now, in fp32.
+        """Mean and mean norm of what the pool holds now, in fp32; rows not finite do not count.
 
         Raises:
             ModelError: activations that are all zero, or not finite.
         """
-        found, n = {}, len(self._order)
+        found = {}
         for point, acts in self._acts.items():
-            total, norms = torch.zeros(acts.shape[1], device=acts.device), 0.0
+            total, norms, n = torch.zeros(acts.shape[1], device=acts.device), 0.0, 0
             for rows in self._order.split(4096):
                 part = acts[rows].float()
-                total += part.sum(0)
-                norms += part.norm(dim=1).sum().item()
-            if not 0 < norms < math.inf:
+                norm = part.norm(dim=1)
+                finite = norm.isfinite()
+                total += part[finite].sum(0)
+                norms += norm[finite].sum().item()
+                n += int(finite.sum())
+            if not norms:
                 raise ModelError(
-                    f"hookpoints: activations at {point} have a mean norm of {norms / n}; wanted "
-                    "finite ones, not all zero: check the model, and try --model.dtype float32"
+                    f"hookpoints: activations at {point} are all zero or not finite; wanted finite "
+                    "ones: check the model, and try --model.dtype float32"
                 )
             found[point] = Statistics(total / n, norms / n)
         return found
@@ -126,24 +157,85 @@ class ActivationStream:
         return len(self._order)
 
     def __iter__(self) -> Iterator[dict[Hookpoint, Batch]]:
-        while True:
-            if len(self._order) < max(self._pool // 2, self._batch) and self._waiting is not None:
-                self._fill()
-            if len(self._order) < self._batch:
-                return
-            yield self._draw()
+        while (drawn := self.draw()) is not None:
+            yield drawn
+
+    def draw(self) -> dict[Hookpoint, Batch] | None:
+        """The next batch; None at the end of the text, and when `stop` interrupts reading."""
+        if len(self._order) < max(self._pool // 2, self._batch) and self._waiting is not None:
+            self._fill()
+            if self.stop():
+                return None
+        if len(self._order) < self._batch:
+            return None
+        rows, self._order = self._order[: self._batch], self._order[self._batch :]
+        self._drawn = torch.cat([self._drawn, rows])
+        source = self._source[rows]
+        drawn = {point: acts[rows] for point, acts in self._acts.items()}
+        return {point: Batch(values, values, source) for point, values in drawn.items()}
+
+    def peek(self, n: int) -> dict[Hookpoint, Batch]:
+        """The next `n` tokens, without drawing them; at the end of the text the last ones drawn."""
+        rows = torch.cat([self._order, self._drawn.flip(0)])[:n]
+        return {
+            p: Batch(acts[rows], acts[rows], self._source[rows]) for p, acts in self._acts.items()
+        }
+
+    def state(self) -> dict[str, Tensor]:
+        """What is needed to go on: the tokens not drawn, those read ahead, the generator."""
+        tensors = {
+            "generator": self._generator.get_state(),
+            "reading": torch.tensor(astuple(self.reading)),
+            "source": self._source[self._order],
+        }
+        tensors |= {f"acts/{point}": acts[self._order] for point, acts in self._acts.items()}
+        if self._waiting is not None:
+            acts, source = self._waiting
+            tensors["waiting/source"] = source
+            tensors |= {f"waiting/acts/{point}": values for point, values in acts.items()}
+        return tensors
+
+    def _restore(self, state: Mapping[str, Tensor]) -> None:
+        device = next(self._model.parameters()).device
+
+        def block(prefix: str) -> Block:
+            acts = {p: state[f"{prefix}acts/{p}"].to(device) for p in self._hookpoints}
+            return acts, state[f"{prefix}source"]
+
+        acts, source = block("")
+        self._waiting = block("waiting/") if "waiting/source" in state else None
+        self._make_room(acts, source)
+        self._put(torch.arange(len(source)), acts, source)
+        self._order, self._drawn = torch.arange(self._pool).tensor_split([len(source)])
+        self.reading = Reading(*state["reading"].tolist())
+        self._generator.set_state(state["generator"])
+
+    def _make_room(self, acts: dict[Hookpoint, Tensor], source: Tensor) -> None:
+        self._acts = {point: a.new_empty(self._pool, a.shape[1]) for point, a in acts.items()}
+        self._source = source.new_empty(self._pool, 2)
+        self._drawn = torch.arange(self._pool)
+
+    def _put(self, rows: Tensor, acts: dict[Hookpoint, Tensor], source: Tensor) -> None:
+        for point, values in acts.items():
+            self._acts[point][rows] = values
+        self._source[rows] = source
 
     def _fill(self) -> None:
-        """Put new tokens in place of the drawn ones, then mix all anew."""
+        """Put new tokens in place of the drawn ones, then mix all anew.
+
+        When stopped on the way, what was read in vain is as if it had not been.
+        """
+        before = self._waiting, self.reading
         kept, free = self._order, self._drawn
         while self._waiting is not None and len(self._waiting[1]) <= len(free):
+            if self.stop():
+                self._waiting, self.reading = before
+                return
             acts, source = self._waiting
             rows, free = free[: len(source)], free[len(source) :]
-            for point, values in acts.items():
-                self._acts[point][rows] = values
-            self._source[rows] = source
+            self._put(rows, acts, source)
             kept = torch.cat([kept, rows])
-            self._waiting = next(self._blocks, None)
+            self._waiting = self._next_block()
         if self._waiting is not None and len(kept) < self._batch:
             raise ConfigError(
                 f"optim.pool: {self._pool} has no room for {len(self._waiting[1])} more tokens "
@@ -152,9 +244,31 @@ class ActivationStream:
         self._drawn = free
         self._order = kept[torch.randperm(len(kept), generator=self._generator)]
 
-    def _draw(self) -> dict[Hookpoint, Batch]:
-        rows, self._order = self._order[: self._batch], self._order[self._batch :]
-        self._drawn = torch.cat([self._drawn, rows])
-        source = self._source[rows]
-        drawn = {point: acts[rows] for point, acts in self._acts.items()}
-        return {point: Batch(values, values, source) for point, values in drawn.items()}
+    def _next_block(self) -> Block | None:
+        """The activations of the next rows, without massive ones."""
+        rows = next(self._tokens, None)
+        if rows is None:
+            return None
+        acts, source = read(self._model, self._hookpoints, rows, self._dtype)
+        ordinary = self._ordinary(acts)
+        was = self.reading
+        self.reading = Reading(
+            was.batches + 1,
+            was.tokens + rows.kept.numel(),
+            was.special + rows.kept.numel() - len(source),
+            was.massive + int((~ordinary).sum()),
+        )
+        if ordinary.all():
+            return acts, source
+        return {p: values[ordinary] for p, values in acts.items()}, source[ordinary.cpu()]
+
+    def _ordinary(self, acts: dict[Hookpoint, Float[Tensor, "n d"]]) -> Bool[Tensor, " n"]:
+        """Which tokens are not massive at any hookpoint; attention sinks are, for instance."""
+        first = next(iter(acts.values()))
+        ordinary = torch.ones(len(first), dtype=torch.bool, device=first.device)
+        if self._max_norm is None or not len(first):
+            return ordinary
+        for values in acts.values():
+            norms = values.float().norm(dim=1)
+            ordinary &= ~(norms > self._max_norm * norms.median())  # NaN is not massive
+        return ordinary

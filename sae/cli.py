@@ -21,11 +21,14 @@ from sae.errors import ConfigError, FormatError, RunError, SAEError, suggest
 from sae.text import visible
 
 LONG = 500
-VERBS: dict[str, tuple[str, Callable[[list[str]], None]]] = {}
+VERBS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns 0, 2 for what the user can mend, 130 for Ctrl-C, 1 for our mistakes."""
+    """Run one verb; returns 0, 2 for what the user can mend, 1 for our mistakes.
+
+    130 after Ctrl-C and 143 after SIGTERM.
+    """
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
@@ -34,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _calm_warnings(debug):
             try:
-                _dispatch(args)
+                return _dispatch(args)
             finally:
                 sys.stdout.flush()
     except KeyboardInterrupt:
@@ -72,7 +75,7 @@ def _told(error: Exception) -> tuple[list[str], int]:
     return [unexpected, "  this is our mistake; --debug shows where it happened"], 1
 
 
-def _dispatch(args: list[str]) -> None:
+def _dispatch(args: list[str]) -> int:
     _refuse_unusable(args)
     verb = args[0] if args else "--help"
     if verb in ("-h", "--help"):
@@ -80,10 +83,11 @@ def _dispatch(args: list[str]) -> None:
     elif verb == "--version":
         print(__version__)
     elif verb in VERBS:
-        VERBS[verb][1](args[1:])
+        return VERBS[verb][1](args[1:]) or 0
     else:
         hint = suggest(verb, VERBS) or "; sae --help tells what they do"
         raise RunError(f"no verb {verb!r}; there are {', '.join(VERBS)}{hint}")
+    return 0
 
 
 def _refuse_unusable(args: list[str]) -> None:
@@ -176,13 +180,22 @@ def _verb(name: str, text: str) -> Callable[[Callable], Callable]:
 
 
 @_verb("train", "train an SAE for each hookpoint")
-def train(args: list[str]) -> None:
+def train(args: list[str]) -> int:
     """sae train."""
     from sae import config
 
-    parser = Parser("train", "[CONFIG.yaml] [--name value …] [--dry-run]")
+    parser = Parser("train", "[CONFIG.yaml] [--name value …] [--resume RUN|auto] [--dry-run]")
     parser.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="settings; else defaults")
     parser.add_argument("--dry_run", action="store_true", help="print what it needs, and stop")
+    parser.add_argument(
+        "--resume", metavar="RUN|auto", help="go on with an interrupted run; auto: or start it"
+    )
+    parser.add_argument("--max_time", metavar="90s|30m|8h", help="save and stop after that long")
+    parser.add_argument(
+        "--allow_changed_environment",
+        action="store_true",
+        help="resume on other versions, devices, threads or text: not the same bits",
+    )
     for flag in config.flags():
         shown = "" if flag.default is None else f" (default {_plain(flag.default)})"
         parser.add_argument(
@@ -194,55 +207,89 @@ def train(args: list[str]) -> None:
         )
     given, mistakes = parser.sift(args)
     settings = vars(parser.parse_args(given))
-    path, dry_run = settings.pop("config", None), settings.pop("dry_run", False)
+    own = ("config", "dry_run", "resume", "max_time", "allow_changed_environment")
+    options = {name: settings.pop(name) for name in own if name in settings}
     try:
-        chosen = config.resolve(None if path is None else Path(str(path)), settings)
+        if "max_time" in options:
+            options["max_time"] = _seconds("--max-time", options["max_time"])
+        chosen = _chosen_config(options, settings)
     except ConfigError as error:
         raise ConfigError("\n".join([*mistakes, str(error)])) from None
     if mistakes:
         raise ConfigError("\n".join(mistakes))
-    _train(chosen, bool(dry_run))
+    return _train(chosen, options)
 
 
-def _train(config, dry_run: bool) -> None:
+def _chosen_config(options: dict, settings: dict):
+    """The settings given, over those of CONFIG, of the run to resume, or the defaults."""
+    from sae import config
+    from sae.store import Run
+
+    path = Path(options["config"]) if "config" in options else None
+    resume = options.get("resume")
+    if resume is None or resume == "auto":
+        return config.resolve(path, settings)
+    run = Run(resume)
+    return config.resolve(path or run.config_path, settings | {"output": str(run.path)})
+
+
+def _train(config, options: dict) -> int:
     from sae.memory import keep_freed_memory
 
     keep_freed_memory()
     _quiet_libraries()
-    from sae import planning, training
+    from sae import planning, resuming, training
     from sae.progress import TrainingProgress
 
-    plan = planning.plan(config)
+    run, saved = planning.output_of(config), None
+    if options.get("resume") == "auto" and not resuming.is_interrupted(run):
+        if resuming.is_complete(run):
+            print(f"{run} is complete; nothing to do")
+            return 0
+        print(f"nothing to resume in {run}: this is a new run")
+    elif "resume" in options:
+        saved = resuming.saved_state(run)
+        resuming.check_config(saved, config)
+    plan = planning.plan(config, resuming="resume" in options)
+    if saved:
+        allow = "allow_changed_environment" in options
+        for change in resuming.check_environment(saved, plan, allow_changed=allow):
+            print(f"changed {visible(change)}")
     for name, value in plan.lines():
         print(f"{name:<7} {visible(value)}")
     for row in plan.source.preview():
         print(f"row     {visible(row)}")
-    if dry_run:
+    if "dry_run" in options:
         for name, value in planning.estimate(plan):
             print(f"{name:<7} {value}")
         print("nothing was trained or written (--dry-run)")
-        return
+        return 0
+    if saved:
+        print(f"resumes at {saved.facts['tokens']:,} of {config.tokens:,} tokens")
     sys.stdout.flush()
-    with TrainingProgress(config.tokens) as progress:
-        folder = training.train(plan, progress.report)
-    _say_trained(folder, config.tokens)
+    start = saved.facts["tokens"] if saved else 0
+    with TrainingProgress(config.tokens, start) as progress:
+        folder = training.train(
+            plan, progress.report, resume=saved, max_seconds=options.get("max_time")
+        )
+    return _say_trained(folder, config.tokens)
 
 
-def _say_trained(folder: Path, wanted: int) -> None:
-    """Where the run is and what to do with it; after Ctrl-C, how far it came."""
+def _say_trained(folder: Path, wanted: int) -> int:
+    """Where the run is and what to do with it; where it was stopped, how far it came."""
     from sae.store import Run, read_manifest
 
-    manifests = [read_manifest(path) for path in Run(folder).saes().values()]
-    tokens = min(manifest["tokens"] for manifest in manifests)
-    interrupted = any(manifest["interrupted"] for manifest in manifests)
-    if tokens < wanted:
-        why = "stopped" if interrupted else "the text ended"
-        print(f"{why} after {tokens:,} of {wanted:,} tokens; the weights so far are saved")
-    print(f"trained {folder}")
-    run = shlex.quote(str(folder))
-    print(f"next: sae evaluate {run}; sae features {run}; sae top {run}")
-    if interrupted:
-        raise KeyboardInterrupt
+    manifest = read_manifest(folder)
+    tokens, ended, run = manifest["tokens"], manifest["ended"], shlex.quote(str(folder))
+    if ended == "text ended":
+        print(f"the text ended after {tokens:,} of {wanted:,} tokens; the weights are saved")
+    elif ended != "complete":
+        print(f"{ended}: stopped after {tokens:,} of {wanted:,} tokens; the state is saved")
+        print(f"next: sae train --resume {run}")
+    if Run(folder).saes():
+        print(f"trained {folder}")
+        print(f"next: sae evaluate {run}; sae features {run}; sae top {run}")
+    return {"SIGINT": 130, "SIGTERM": 143}.get(ended, 0)
 
 
 @_verb("evaluate", "FVU, L0, dead features, cross-entropy recovered on held-out text")
@@ -461,6 +508,15 @@ def _count(name: str, value: object, least: int = 1) -> int:
     if number < least or number != int(number):
         raise ConfigError(f"{name}: {text[:40]!r} came, wanted a whole number of at least {least}")
     return int(number)
+
+
+def _seconds(name: str, value: object) -> float:
+    """A time as people type it: 90, 90s, 30m or 1.5h."""
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d*)?) ?(s|m|min|h)?", str(value))
+    seconds = float(found[1]) * {"m": 60, "min": 60, "h": 3600}.get(found[2], 1) if found else 0
+    if not seconds:
+        raise ConfigError(f"{name}: {str(value)[:40]!r} came, wanted a time such as 90s, 30m or 8h")
+    return seconds
 
 
 def _plain(value: object) -> str:

@@ -204,6 +204,9 @@ class OptimConfig(Settings):
     """Largest norm of the gradient, 0.1 to 10; null leaves it unclipped."""
     llm_batch: Count = 16
     """Sequences the language model reads at a time, 4 to 128; lower needs less memory."""
+    max_norm: Positive | None = None
+    """Leave out tokens whose norm is above so many times the median, such as 10 where attention
+    sinks dominate the loss; null keeps them. Special tokens are always left out."""
 
     @model_validator(mode="after")
     def _fits(self) -> "OptimConfig":
@@ -213,6 +216,18 @@ class OptimConfig(Settings):
             wanted = "a sum of at most 1 with {other}"
             raise _clash("lr_warmup", self.lr_warmup, wanted, "lr_decay", self.lr_decay)
         return self
+
+
+class CheckpointConfig(Settings):
+    """Training state kept on disk, from which an interrupted run goes on."""
+
+    minutes: Positive = 10
+    """Minutes from one checkpoint to the next, 1 to 60."""
+    every_tokens: Count | None = None
+    """Tokens from one checkpoint to the next, whichever comes first; null goes by time alone."""
+    keep: Count = 2
+    """Checkpoints kept while the run is not complete; each holds the pool and three copies of the
+    weights."""
 
 
 class WandbConfig(Settings):
@@ -247,6 +262,8 @@ class TrainConfig(Settings):
     """Folder of the run; null derives checkpoints/<name> from the settings."""
     init_from: Text | None = None
     """Folder of a run or SAE whose weights to start from; null starts afresh."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Training state on disk."""
     wandb: WandbConfig = WandbConfig()
     """Weights & Biases."""
 

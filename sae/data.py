@@ -83,19 +83,24 @@ class TokenSource:
         if documents.in_memory:
             self._keep(read)
 
-    def train(self, batch: int, *, repeat: bool | None = None) -> Iterator[TokenBatch]:
+    def train(
+        self, batch: int, *, repeat: bool | None = None, start: int = 0
+    ) -> Iterator[TokenBatch]:
         """Batches of `batch` training rows, the last of each pass may be shorter.
 
-        Ends with the data unless `repeat` (default: data.repeat).
+        Ends with the data unless `repeat` (default: data.repeat). The first `start` batches, over
+        any number of passes, are left out; a stream has to read them once more.
         """
         repeat = self._config.repeat if repeat is None else repeat
         for epoch in itertools.count() if repeat else range(1):
-            rows = self._rows(batch, heldout=False, order=[self._seed, epoch])
-            first = next(rows, None)
-            if first is None:  # no row at all: another pass would find none either
+            found = 0
+            for rows in self._rows(batch, heldout=False, order=[self._seed, epoch]):
+                found += 1
+                if found > start:
+                    yield rows
+            if not found:  # no row at all: another pass would find none either
                 return
-            yield first
-            yield from rows
+            start = max(start - found, 0)
 
     def heldout(self, batch: int) -> Iterator[TokenBatch]:
         """Batches of held-out rows, the last may be shorter, in one order for every seed."""

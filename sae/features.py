@@ -322,7 +322,7 @@ class _Firings:
     def _distinct(self, order: ndarray, text: _Text, wanted: int) -> list[int]:
         """The first of `order`, at most one in a sequence and one of several identical windows."""
         rows, windows, found = set(), set(), []
-        for i in order.tolist():
+        for i in order.tolist() if wanted else ():
             row, window = self.token[i] // text.width, text.around[self.token[i]]
             if row not in rows and window not in windows:
                 rows.add(row)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ from sae.errors import ConfigError, DataError, RunError, SAEError
 from sae.hooks import Hookpoint, resolve, width
 from sae.language_model import LanguageModel
 from sae.sparsity import Sparsity, make_sparsity
+from sae.store import LOCK, versions
 
 ADAM_COPIES = 4
 """Weights, gradients and Adam's two moments."""
@@ -57,18 +59,24 @@ class Plan(Inputs):
         have = "unknown (a stream)" if available is None else f"{available:,}"
         yield "tokens", f"{config.tokens:,} needed, {have} in one pass of the training text"
         yield "memory", f"about {self.memory_bytes() / 1e9:.2f} GB beside the libraries"
-        yield "disk", f"{self.disk_bytes() / 1e6:.0f} MB in {self.output}"
+        kept = (config.checkpoint.keep + 1) * self.checkpoint_bytes() / 1e6
+        yield "disk", f"{self.sae_bytes() / 1e6:.0f} MB in {self.output}"
+        yield "", f"and up to {kept:,.0f} MB of checkpoints until it is complete"
 
     def memory_bytes(self) -> int:
         """Model, pool, and four copies of every SAE's weights."""
         weights = sum(p.numel() * p.element_size() for p in self.lm.model.parameters())
-        return weights + self.pool_bytes() + ADAM_COPIES * self.disk_bytes()
+        return weights + self.pool_bytes() + ADAM_COPIES * self.sae_bytes()
 
     def pool_bytes(self) -> int:
         """The activations kept to be mixed."""
         return self.config.optim.pool * sum(self.widths.values()) * self.dtype.itemsize
 
-    def disk_bytes(self) -> int:
+    def checkpoint_bytes(self) -> int:
+        """The pool, weights and Adam's two moments."""
+        return self.pool_bytes() + (ADAM_COPIES - 1) * self.sae_bytes()
+
+    def sae_bytes(self) -> int:
         """fp32 weights of every SAE."""
         return 4 * sum(
             d_sae * (2 * d_in + 1) + d_in
@@ -90,15 +98,17 @@ class Plan(Inputs):
         return f"{settings['kind']} {knob} {settings[knob]:g}"
 
 
-def plan(config: TrainConfig) -> Plan:
+def plan(config: TrainConfig, *, resuming: bool = False) -> Plan:
     """Load the model and the text and check that they suffice; writes nothing.
+
+    Unless `resuming`, the output may not exist yet.
 
     Raises:
         SAEError: what is wrong, before any time is spent.
     """
-    output = Path(config.output) if config.output else Path("checkpoints") / run_name(config)
-    output = output.expanduser()
-    _refuse_output(output)
+    output = output_of(config)
+    if not resuming:
+        _refuse_output(output)
     _check_pool(config)
     device = pick_device(config.device)
     inputs = open_inputs(config, device)
@@ -117,6 +127,27 @@ def plan(config: TrainConfig) -> Plan:
     _check_saes(made)
     _check_room(made)
     return made
+
+
+def output_of(config: TrainConfig) -> Path:
+    """The folder of the run."""
+    given = config.output or str(Path("checkpoints") / run_name(config))
+    return Path(given).expanduser()
+
+
+def environment(plan: Plan) -> dict[str, Any]:
+    """What the bits of a run depend on beside its config."""
+    device = plan.device
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "dtype": str(plan.dtype),
+        "model": f"{plan.lm.name} {plan.lm.revision or ''}".strip(),
+        "text": plan.source.fingerprint,
+        **versions(),
+    }
 
 
 def estimate(plan: Plan) -> list[tuple[str, str]]:
@@ -221,7 +252,9 @@ def _refuse_output(output: Path) -> None:
     """RunError where something is already, or where nothing can be written."""
     try:
         taken = output.is_symlink() and not output.exists()
-        if taken or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
+        if output.is_dir():
+            taken = any(entry.name != LOCK for entry in output.iterdir())
+        if taken or (output.exists() and not output.is_dir()):
             raise RunError(
                 f"output: {output} exists already; give --output another folder, or delete it"
             )
@@ -272,11 +305,12 @@ def _check_saes(plan: Plan) -> None:
 
 
 def _check_start(plan: Plan, point: Hookpoint, d_sae: int) -> None:
-    """ConfigError where `init_from` holds another kind or size of SAE."""
+    """SAEError where `init_from` holds another kind or size of SAE, or a damaged one."""
     config = plan.config
     try:
         folder = locate(config.init_from or "", str(point))
         old = read_config(folder)
+        SparseAutoencoder.from_pretrained(folder)  # now, while nothing is written yet
     except SAEError as error:
         raise type(error)(f"init_from: {error}") from None
     pairs = {
@@ -296,7 +330,7 @@ def _check_room(plan: Plan) -> None:
     if there is not None and needed > there:
         widths, pool = plan.widths.values(), plan.config.optim.pool
         largest = f"sae.d_sae: {max(map(plan.config.sae.width, widths)):,} features"
-        if plan.pool_bytes() > ADAM_COPIES * plan.disk_bytes():
+        if plan.pool_bytes() > ADAM_COPIES * plan.sae_bytes():
             largest = f"optim.pool: {pool:,} tokens of {sum(widths):,} activations"
         raise ConfigError(
             f"{largest} need {needed / 1e9:,.0f} GB of memory in all, {plan.device} has "
@@ -304,9 +338,10 @@ def _check_room(plan: Plan) -> None:
         )
     above = next(p for p in (plan.output, *plan.output.absolute().parents) if p.exists())
     free = shutil.disk_usage(above).free
-    if plan.disk_bytes() > free:
+    needed = plan.sae_bytes() + plan.checkpoint_bytes()
+    if needed > free:
         raise RunError(
-            f"output: {plan.output} needs {plan.disk_bytes() / 1e6:,.0f} MB, the disk has "
+            f"output: {plan.output} needs {needed / 1e6:,.0f} MB, the disk has "
             f"{free / 1e6:,.0f} MB left; make room or give --output another disk"
         )
 

@@ -13,10 +13,13 @@ SECONDS_BETWEEN_LINES = 15.0
 
 
 class Bar:
-    """Tokens done of `total`; hears the number done (`update`) or newly done (`advance`)."""
+    """Tokens done of `total`; hears the number done (`update`) or newly done (`advance`).
 
-    def __init__(self, title: str, total: int, file: Any = None):
-        self._title, self._total = title, total
+    `start` of them were done before, and do not count for the speed.
+    """
+
+    def __init__(self, title: str, total: int, file: Any = None, start: int = 0):
+        self._title, self._total, self._start = title, total, start
         console = Console(file=file or sys.stderr, markup=False, highlight=False)
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -31,7 +34,7 @@ class Bar:
         self._line: Callable[[str], None] | None = None
         if not console.is_terminal:
             self._line = partial(console.print, soft_wrap=True)
-        self._done, self._started, self._said = 0, 0.0, 0.0
+        self._done, self._started, self._said = start, 0.0, 0.0
         self._finished = False
 
     def __enter__(self):
@@ -51,7 +54,7 @@ class Bar:
         """`done` tokens in all; `status` is shown beside the speed."""
         self._done = done
         now = time.perf_counter()
-        speed = done / max(now - self._started, 1e-9)
+        speed = (done - self._start) / max(now - self._started, 1e-9)
         status = f"{status}{speed:,.0f} tokens/s"
         self._progress.update(self._task, completed=min(done, self._total), status=status)
         due = now - self._said >= SECONDS_BETWEEN_LINES
@@ -64,8 +67,8 @@ class Bar:
 class TrainingProgress(Bar):
     """A bar with loss, L0, FVU and dead share, averaged over the hookpoints."""
 
-    def __init__(self, total: int, file: Any = None):
-        super().__init__("training", total, file)
+    def __init__(self, total: int, start: int = 0, file: Any = None):
+        super().__init__("training", total, file, start)
 
     def report(self, tokens: int, metrics: dict[str, dict[str, float]]) -> None:
         """Show one logged step."""

@@ -21,8 +21,10 @@ def resample(
     y: Float[Tensor, "batch d_out"],
     dead: Bool[Tensor, " d_sae"],
     generator: torch.Generator,
-) -> int:
-    """Point dead features at what the others reconstruct worst; returns how many were moved.
+) -> Bool[Tensor, " d_sae"]:
+    """Point dead features at what the others reconstruct worst; returns which were moved.
+
+    At most as many as there are tokens that are not reconstructed exactly.
 
     Tokens are drawn with probability ∝ squared loss, without replacement. A feature's decoder row
     becomes the direction of its token's residual (Bricken et al. 2023 take the token itself; the
@@ -32,11 +34,13 @@ def resample(
     residual = y - sae(x).recon
     weights = residual.square().sum(1).square()
     index = dead.nonzero().squeeze(1)[: int((weights > 0).sum())]
-    if len(index) == 0 or dead.all():
-        return 0
+    moved = torch.zeros_like(dead)
+    moved[index] = True
+    if len(index) == 0:
+        return moved
     drawn = torch.multinomial(weights.cpu(), len(index), generator=generator).to(x.device)
     directions = torch.nn.functional.normalize(residual[drawn], dim=1)
-    alive = ~dead
+    alive = dead if dead.all() else ~dead  # their norms are the measure
     encoder_norm = sae.W_enc[:, alive].norm(dim=0).mean() * ENCODER_SHARE
     sae.W_dec[index] = directions * sae.decoder_norms[alive].mean()
     if sae.d_in == sae.d_out:
@@ -49,4 +53,4 @@ def resample(
         for name in ("exp_avg", "exp_avg_sq"):
             if name in optimizer.state[parameter]:
                 optimizer.state[parameter][name].index_fill_(axis, index, 0)
-    return len(index)
+    return moved

@@ -17,6 +17,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import filelock
+
 from sae import __version__, untrusted
 from sae.errors import FormatError, RunError, suggest
 
@@ -24,6 +26,7 @@ FORMAT = 2
 """1 had no seal."""
 MANIFEST = "manifest.json"
 WEIGHTS = "sae.safetensors"
+LOCK = ".lock"
 OWN_KEYS = frozenset({"format", "versions", "files", "seal"})
 """What every manifest says; the rest tells where the folder came from."""
 _VERSIONS_OF = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "pyarrow")
@@ -66,6 +69,24 @@ def write_json(path: str | Path, value: object) -> None:
 
 def _to_json(value: object) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Be the only writer of a run while the block runs; the lock of a dead process does not count.
+
+    Raises RunError at once where another process writes it.
+    """
+    try:
+        held = filelock.FileLock(folder / LOCK).acquire(timeout=0)
+    except filelock.Timeout:
+        raise RunError(
+            f"{folder} is being written by another process; wait for it, or stop it first"
+        ) from None
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written to ({error.strerror})") from None
+    with held:
+        yield
 
 
 @contextlib.contextmanager
@@ -136,7 +157,7 @@ def covered_files(folder: Path) -> list[Path]:
             continue
         if entry.is_dir() and not (entry / MANIFEST).exists():
             found += covered_files(entry)
-        elif entry.is_file() and entry.name != MANIFEST:
+        elif entry.is_file() and entry.name not in (MANIFEST, LOCK):
             found.append(entry)
     return found
 

@@ -3,253 +3,280 @@
 Every hookpoint's SAE is trained on the same tokens from one forward pass of the language model.
 Inputs are scaled so that their mean norm is √d_in; the weights a run stores have that scale folded
 in and take raw activations.
+
+A run that is interrupted leaves a checkpoint, and going on from it gives the same bits as a run
+that was not interrupted. RELIABILITY.md says what that covers.
 """
 
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
+from sae import checkpoint, fingerprint, mirror, planning, store
 from sae import config as settings
-from sae import kernels, mirror
-from sae.activations import ActivationStream, Batch, Statistics
-from sae.autoencoder import SparseAutoencoder, locate, read_config
+from sae.activations import ActivationStream, Batch
+from sae.checkpoint import Checkpoint
 from sae.errors import RunError
-from sae.fingerprint import ROWS
 from sae.hooks import Hookpoint
 from sae.kernels import StepStats
-from sae.planning import Plan, sparsity_of
-from sae.revival import resample
-from sae.store import folder_name, staged, write_atomic, write_manifest
+from sae.learner import Learner
+from sae.planning import Plan
+from sae.stopping import Stop
+from sae.store import folder_name, write_atomic
 
 LOG_EVERY_STEPS = 20
-AUXK_CANDIDATES = 2
-"""Dead features among which AuxK chooses, in multiples of auxk: all of them would cost as much as a
-dense step while many are dead."""
+SKIPPED_IN_A_ROW = 16
+"""Batches skipped one after the other at which a run gives up."""
+RETURNS = 3
+"""Times that weights which are not finite send a run back to one and the same checkpoint."""
+COMPLETE, TEXT_ENDED, NOT_FINITE = "complete", "text ended", "not finite"
+"""How a run ends, beside the reasons of `Stop`."""
 
+Batches = Mapping[Hookpoint, Batch]
 Report = Callable[[int, dict[str, dict[str, float]]], None]
 """Called with the tokens done and each hookpoint's metrics, at every logged step."""
 
 
-def train(plan: Plan, report: Report = lambda tokens, metrics: None) -> Path:
-    """Train the planned SAEs and write the run; returns its folder.
+def train(
+    plan: Plan,
+    report: Report = lambda tokens, metrics: None,
+    *,
+    resume: Checkpoint | None = None,
+    max_seconds: float | None = None,
+) -> Path:
+    """Train the planned SAEs, from the start or from a checkpoint; returns the run's folder.
 
-    On Ctrl-C, and when a stream ends early, the weights reached so far are saved all the same and
-    the manifest says how many tokens they have seen.
+    On SIGINT and SIGTERM, after `max_seconds` and when a stream ends early, the step is finished,
+    and the SAEs reached so far are saved beside a checkpoint; run and SAE manifests say how it
+    ended. A batch whose loss or gradients are not finite is skipped: the weights, the schedule and
+    everything else are as if it had never come.
+
+    Raises:
+        RunError: another process writes the run; no room for a checkpoint; SKIPPED_IN_A_ROW
+            batches were skipped (the SAEs saved are then those of the last checkpoint).
     """
-    config = plan.config
-    torch.manual_seed(config.seed)
-    generator = torch.Generator().manual_seed(config.seed)
-    stream = ActivationStream(
-        plan.lm.model,
-        plan.hookpoints,
-        plan.source.train(config.optim.llm_batch),
-        batch=config.optim.batch,
-        pool=config.optim.pool,
-        dtype=plan.dtype,
-        generator=generator,
-    )
-    statistics = stream.statistics()
-    learners = {
-        point: Learner(plan, point, statistics[point], generator) for point in plan.hookpoints
-    }
-    plan.output.mkdir(parents=True, exist_ok=True)
-    write_atomic(plan.output / "config.yaml", settings.dump(config))
-    tokens, started, interrupted = 0, time.perf_counter(), True
-    try:
-        with Log(plan, started) as log:
-            for step, batches in enumerate(stream):
-                done = tokens / config.tokens
-                found = {point: learners[point].step(batches[point], done) for point in learners}
-                tokens += config.optim.batch
-                last = tokens >= config.tokens
-                if step % LOG_EVERY_STEPS == 0 or last:
-                    rows = {str(p): learners[p].metrics(found[p], batches[p]) for p in learners}
-                    log.write(tokens, rows)
-                    _check_finite(rows, tokens)
-                    report(tokens, rows)
-                if last:
-                    break
-        interrupted = False
-    except KeyboardInterrupt:
-        pass  # saved below, like every other end
-    finally:
-        for point, learner in learners.items():
-            save(plan, point, learner, tokens, interrupted)
-        seconds = round(time.perf_counter() - started, 1)
-        write_manifest(
-            plan.output, {"tokens": tokens, "interrupted": interrupted, "seconds": seconds}
-        )
-    return plan.output
+    run, stop = plan.output, Stop(max_seconds)
+    run.mkdir(parents=True, exist_ok=True)
+    with store.locked(run):
+        training = Training(plan, resume)
+        _prepare(plan, anew=resume is None)
+        with stop, Log(plan, training) as log:
+            while (ended := stop.reason() or training.ended()) is None:
+                batches = training.draw(stop=lambda: stop.reason() is not None)
+                if batches is None:
+                    continue  # the condition above knows why
+                stats = training.gradients(batches)
+                finite = training.finite(stats)
+                if finite:
+                    training.apply(batches, stats)
+                else:
+                    training.skip(batches, log)
+                due = training.checkpoint_due()
+                if (due or training.ended() or not finite) and not training.healthy():
+                    training = training.gone_back(log)
+                    continue
+                if finite and (training.steps % LOG_EVERY_STEPS == 1 or training.ended()):
+                    rows = training.metrics(batches, stats)
+                    log.write(training, rows)
+                    report(training.tokens, rows)
+                if due:
+                    training.save(log)
+            if ended == NOT_FINITE:
+                training = training.gone_back(log)
+            elif ended != COMPLETE and training.healthy():
+                training.save(log)
+        training.finish(ended)
+    if ended == NOT_FINITE:
+        raise _gave_up(training)
+    return run
 
 
-def _check_finite(rows: dict[str, dict[str, float]], tokens: int) -> None:
-    """Stop at the first logged loss that is not a number."""
-    for hookpoint, metrics in rows.items():
-        if not math.isfinite(metrics["loss"]):
-            raise RunError(
-                f"optim.lr: the loss of {hookpoint} is {metrics['loss']} after {tokens:,} tokens; "
-                "give a lower --optim.lr, or a smaller --optim.grad-clip"
-            )
+class Training:
+    """All that changes while a run trains: the stream, the learners, and how far they are.
 
-
-class Learner:
-    """One SAE in training: unfolded weights, Adam, schedules, and how long each feature is quiet.
-
-    `statistics` gives the scale of the inputs and b_dec's start. An L1 penalty makes activations
-    too small, so its training ends with a refit: the decoder alone, without penalty (after Wright
-    & Sharkey 2024, "Addressing feature suppression in SAEs", who tune the norms).
+    A checkpoint holds nothing else. `steps` and `tokens` count what was learnt from; skipped
+    batches are in neither.
     """
 
-    def __init__(
-        self, plan: Plan, point: Hookpoint, statistics: Statistics, generator: torch.Generator
-    ):
-        config = plan.config
-        self.config, self.generator, self.dtype = config, generator, plan.dtype
-        self.sae, self.scale = _start(plan, point, statistics, generator)
-        self.optimizer = torch.optim.Adam(
-            self.sae.parameters(), lr=config.optim.lr, betas=config.optim.betas, fused=True
-        )
-        self.quiet = torch.zeros(self.sae.d_sae, dtype=torch.long, device=plan.device)
-        self.tokens_since_revival = 0
-        self.revived = 0
-        self.lr = 0.0
-        self.refit: float = getattr(config.sae.sparsity, "refit", 0.0)
-        self.last: Batch | None = None
-        self.variance = 0.0  # E‖y − mean y‖² of the first batch
+    def __init__(self, plan: Plan, saved: Checkpoint | None = None):
+        self.plan = plan
+        facts = saved.facts if saved else {}
+        self.tokens: int = facts.get("tokens", 0)
+        self.steps: int = facts.get("steps", 0)
+        self.skipped: int = facts.get("skipped", 0)
+        self.streak: int = facts.get("streak", 0)
+        self.logged: dict[str, int] = facts.get("logged", {})
+        self.returns = 0
+        self._before: float = facts.get("seconds", 0.0)
+        self._started = self._saved_at = time.perf_counter()
+        self._saved_tokens = self.tokens
+        self._text_ended = False
+        torch.manual_seed(plan.config.seed)
+        self.stream = self._stream(saved)
+        self.learners = self._learners(saved)
 
-    def step(self, batch: Batch, done: float) -> StepStats:
-        """One Adam step on raw activations; `done` is the share of the tokens trained on."""
-        self.last = batch
-        x, y = batch.x.float() * self.scale, batch.y.float() * self.scale
-        self.variance = self.variance or _variance(y).item()
-        stats = self._gradients(x, y, done)
-        optim = self.config.optim
-        if optim.grad_clip is not None:
-            torch.nn.utils.clip_grad_norm_(self.sae.parameters(), optim.grad_clip)
-        self.lr = optim.lr * warmed_up(done, optim.lr_warmup) * self._decayed(done)
-        self.optimizer.param_groups[0]["lr"] = self.lr
-        self.optimizer.step()
-        self.quiet = torch.where(stats.fired > 0, 0, self.quiet + len(x))
-        self._revive(x, y, done)
-        return stats
+    def _stream(self, saved: Checkpoint | None) -> ActivationStream:
+        plan, optim = self.plan, self.plan.config.optim
+        state = saved.part("stream") if saved else None
+        start = int(state["reading"][0]) if state else 0
+        return ActivationStream(
+            plan.lm.model,
+            plan.hookpoints,
+            plan.source.train(optim.llm_batch, start=start),
+            batch=optim.batch,
+            pool=optim.pool,
+            dtype=plan.dtype,
+            generator=torch.Generator().manual_seed(plan.config.seed),
+            max_norm=optim.max_norm,
+            state=state,
+        )
+
+    def _learners(self, saved: Checkpoint | None) -> dict[Hookpoint, Learner]:
+        plan = self.plan
+        if saved:
+            parts = ((p, saved.part(folder_name(str(p)))) for p in plan.hookpoints)
+            return {point: Learner.restored(plan, point, part) for point, part in parts}
+        found = self.stream.statistics()
+        return {point: Learner.begin(plan, point, found[point]) for point in plan.hookpoints}
 
     @property
-    def dead(self) -> Tensor:
-        """[d_sae] which features have not fired for `optim.dead_after` tokens."""
-        return self.quiet >= self.config.optim.dead_after
+    def seconds(self) -> float:
+        """Time spent on the run, over all interruptions."""
+        return self._before + time.perf_counter() - self._started
 
-    def metrics(self, stats: StepStats, batch: Batch) -> dict[str, float]:
-        """What a logged step writes down. `fvu` is that of this batch."""
-        y = batch.y.float() * self.scale
-        (document, position), context = batch.source.T, self.config.data.context
+    @property
+    def done(self) -> float:
+        """Share of the tokens learnt from."""
+        return self.tokens / self.plan.config.tokens
+
+    def ended(self) -> str | None:
+        """Whether there is nothing more to do, and why."""
+        if self.tokens >= self.plan.config.tokens:
+            return COMPLETE
+        if self.streak >= SKIPPED_IN_A_ROW or self.returns >= RETURNS:
+            return NOT_FINITE
+        return TEXT_ENDED if self._text_ended else None
+
+    def draw(self, stop: Callable[[], bool]) -> Batches | None:
+        """The next batches; None where reading was stopped and where the text has ended."""
+        self.stream.stop = stop
+        batches = self.stream.draw()
+        self._text_ended = batches is None and not stop()
+        return batches
+
+    def gradients(self, batches: Batches) -> dict[Hookpoint, StepStats]:
+        """What each learner measures; its weights stay as they are."""
+        return {p: each.gradients(batches[p], self.done) for p, each in self.learners.items()}
+
+    def finite(self, stats: Mapping[Hookpoint, StepStats]) -> bool:
+        """Whether every loss and gradient is a number, and so whether the step may be taken."""
+        found = [each.finite(stats[p]) for p, each in self.learners.items()]
+        return bool(torch.stack(found).all())
+
+    def healthy(self) -> bool:
+        """Whether all weights are finite."""
+        return all(each.healthy() for each in self.learners.values())
+
+    def apply(self, batches: Batches, stats: Mapping[Hookpoint, StepStats]) -> None:
+        """Take the step."""
+        for point, each in self.learners.items():
+            each.apply(batches[point], stats[point], self.done)
+        self.tokens += self.plan.config.optim.batch
+        self.steps += 1
+        self.streak = 0
+
+    def metrics(
+        self, batches: Batches, stats: Mapping[Hookpoint, StepStats]
+    ) -> dict[str, dict[str, float]]:
+        """A row for each hookpoint."""
+        shared = {"masked": self.stream.reading.masked, "skipped": self.skipped}
         return {
-            "loss": stats.loss.item(),
-            "mse": stats.mse.item(),
-            "fvu": (stats.mse / _variance(y)).item(),
-            "l0": stats.l0.item(),
-            "dead": self.dead.float().mean().item(),
-            "revived": self.revived,
-            "lr": self.lr,
-            "sequences": len(torch.stack([document, position // context]).unique(dim=1)[0]),
+            str(p): each.metrics(stats[p], batches[p]) | shared for p, each in self.learners.items()
         }
 
-    def examples(self) -> dict[str, Tensor | None]:
-        """A few raw activations of the last batch, for the fingerprint of the weights."""
-        if self.last is None:
-            return {}
-        x, y = self.last.x[: 2 * ROWS], self.last.y[: 2 * ROWS]  # twice, should some not be finite
-        return {"inputs": x, "targets": None if y.shape == x.shape and torch.equal(x, y) else y}
+    def skip(self, batches: Batches, log: "Log") -> None:
+        """Pass over a batch; all that remembers it is the log and two counts."""
+        self.skipped += 1
+        self.streak += 1
+        (batch, *_) = batches.values()
+        log.event(self, "skipped", {"documents": batch.source[:, 0].unique().tolist()})
 
-    def _gradients(self, x: Tensor, y: Tensor, done: float) -> StepStats:
-        sparsity = self.config.sae.sparsity
-        if sparsity.kind == "relu_l1":
-            refitting = done >= 1 - self.refit
-            l1 = 0.0 if refitting else sparsity.l1 * warmed_up(done, sparsity.l1_warmup)
-            stats = kernels.relu_l1_step(self.sae, x, y, l1, matmul_dtype=self.dtype)
-            if refitting:
-                for parameter in (self.sae.W_enc, self.sae.b_enc, self.sae.b_dec):
-                    parameter.grad = None  # Adam leaves these alone: what is active stays so
-            return stats
-        auxk = sparsity.auxk or self.sae.d_in // 2
-        return kernels.topk_step(
-            self.sae,
-            x,
-            y,
-            sparsity.k,
-            auxk=auxk,
-            auxk_coef=sparsity.auxk_coef * self.variance,  # both losses in the same unit
-            dead=self._quietest_dead(AUXK_CANDIDATES * auxk),
-            matmul_dtype=self.dtype,
-        )
+    def checkpoint_due(self) -> bool:
+        """Whether enough time or tokens have passed since the last checkpoint."""
+        wanted = self.plan.config.checkpoint
+        late = time.perf_counter() - self._saved_at >= wanted.minutes * 60
+        every = wanted.every_tokens or math.inf
+        return not self.ended() and (late or self.tokens - self._saved_tokens >= every)
 
-    def _decayed(self, done: float) -> float:
-        """1 → 0 over `lr_decay` before the refit, and once more over the refit."""
-        if done >= 1 - self.refit:
-            return (1 - done) / self.refit if self.refit else 0.0
-        share = self.config.optim.lr_decay
-        return min(1.0, (1 - self.refit - done) / share) if share else 1.0
+    def save(self, log: "Log") -> None:
+        """Write a checkpoint, named by the tokens drawn."""
+        config = self.plan.config
+        parts = {folder_name(str(p)): each.state() for p, each in self.learners.items()}
+        parts["stream"] = self.stream.state()
+        facts = {
+            "tokens": self.tokens,
+            "steps": self.steps,
+            "skipped": self.skipped,
+            "streak": self.streak,
+            "seconds": round(self.seconds, 1),
+            "logged": log.sizes(),
+            "config": config.model_dump(mode="json"),
+            "environment": planning.environment(self.plan),
+        }
+        drawn = self.tokens + self.skipped * config.optim.batch
+        checkpoint.write(self.plan.output, drawn, parts, facts, config.checkpoint.keep)
+        self._saved_at, self._saved_tokens = time.perf_counter(), self.tokens
+        self.returns = 0
 
-    def _quietest_dead(self, limit: int) -> Tensor:
-        """[d_sae] the dead features that have been quiet longest, at most `limit` of them."""
-        quietest = torch.zeros_like(self.quiet, dtype=torch.bool)
-        quietest[self.quiet.topk(min(limit, len(self.quiet))).indices] = True
-        return quietest & self.dead
+    def gone_back(self, log: "Log") -> "Training":
+        """The run as its last checkpoint has it, or at its start where there is none."""
+        before = Training(self.plan, checkpoint.newest(self.plan.output))
+        before.returns = self.returns + 1
+        log.rewind(before)
+        log.event(before, "went back", {"from_tokens": self.tokens})
+        return before
 
-    def _revive(self, x: Tensor, y: Tensor, done: float) -> None:
-        """Resample every `dead_after` tokens until the learning rate starts to fall."""
-        optim = self.config.optim
-        self.tokens_since_revival += len(x)
-        if self.sae.sparsity.revival != "resample" or self._decayed(done) < 1:
-            return
-        if self.tokens_since_revival >= optim.dead_after:
-            dead = self.dead
-            self.revived += resample(self.sae, self.optimizer, x, y, dead, self.generator)
-            self.quiet[dead] = 0
-            self.tokens_since_revival = 0
-
-
-def _variance(y: Tensor) -> Tensor:
-    """Mean over the batch of ‖y − mean y‖²."""
-    return (y - y.mean(0)).square().sum(1).mean()
+    def finish(self, ended: str) -> None:
+        """Write the SAEs and the manifest; a run that has ended needs its checkpoints no more."""
+        if self.steps and self.healthy():
+            examples = self.stream.peek(2 * fingerprint.ROWS)  # twice, should some not be finite
+            for point, learner in self.learners.items():
+                save(self.plan, point, learner, examples[point], self.tokens, ended)
+        facts = {"tokens": self.tokens, "ended": ended, "seconds": round(self.seconds, 1)}
+        store.write_manifest(self.plan.output, facts)
+        if ended in (COMPLETE, TEXT_ENDED):
+            checkpoint.remove(self.plan.output)
 
 
-def warmed_up(done: float, share: float) -> float:
-    """0 → 1 over the first `share` of the tokens."""
-    return min(1.0, done / share) if share else 1.0
+def _prepare(plan: Plan, *, anew: bool) -> None:
+    """The run's folder before the first step: its config, and no manifest of an earlier end."""
+    if anew:
+        if any((plan.output / name).exists() for name in ("saes", checkpoint.FOLDER)):
+            raise RunError(f"output: {plan.output} holds a run already; give another folder")
+        write_atomic(plan.output / "config.yaml", settings.dump(plan.config))
+    (plan.output / store.MANIFEST).unlink(missing_ok=True)
 
 
-def _start(
-    plan: Plan, point: Hookpoint, statistics: Statistics, generator: torch.Generator
-) -> tuple[SparseAutoencoder, float]:
-    """A new autoencoder with b_dec at the mean, or that of `init_from`; and the inputs' scale."""
-    config, d_in = plan.config, plan.widths[point]
-    if config.init_from is None:
-        sae = SparseAutoencoder(
-            d_in,
-            config.sae.width(d_in),
-            sparsity_of(config),
-            subtract_b_dec=config.sae.subtract_b_dec,
-            device=plan.device,
-        )
-        sae.initialise(statistics.mean * statistics.scale, generator)
-        return sae, statistics.scale
-    folder = locate(config.init_from, str(point))
-    old = SparseAutoencoder.from_pretrained(folder, device=plan.device, dtype=torch.float32)
-    scale = (read_config(folder).get("metadata") or {}).get("scale", statistics.scale)
-    sae = old.unfolded(scale)
-    sae.sparsity = sparsity_of(config)
-    return sae, scale
+def _gave_up(training: Training) -> RunError:
+    kept = (
+        f"the SAEs are those of {training.tokens:,} tokens" if training.steps else "none is saved"
+    )
+    return RunError(
+        f"optim.lr: losses or gradients were not finite in {SKIPPED_IN_A_ROW} batches in a row, or "
+        f"weights again and again; {kept}.\nGive a lower --optim.lr, or --model.dtype float32"
+    )
 
 
-def save(plan: Plan, point: Hookpoint, learner: Learner, tokens: int, interrupted: bool) -> None:
-    """Write one SAE for raw activations, with where it came from; broken weights are not kept."""
-    if not all(parameter.isfinite().all() for parameter in learner.sae.parameters()):
-        return
+def save(
+    plan: Plan, point: Hookpoint, learner: Learner, examples: Batch, tokens: int, ended: str
+) -> None:
+    """Write one SAE for raw activations, with its origin and what it gives for examples."""
+    available = plan.source.tokens_available
     origin = {
         "hookpoint": str(point),
         "model": plan.lm.name,
@@ -257,38 +284,63 @@ def save(plan: Plan, point: Hookpoint, learner: Learner, tokens: int, interrupte
         "data": plan.source.name,
         "data_fingerprint": plan.source.fingerprint,
         "tokens": tokens,
-        "epochs": round(tokens / plan.source.tokens_available, 3)
-        if plan.source.tokens_available
-        else None,
-        "interrupted": interrupted,
+        "epochs": round(tokens / available, 3) if available else None,
+        "ended": ended,
         "scale": learner.scale,
         "seed": plan.config.seed,
     }
-    with staged(plan.output / "saes" / folder_name(str(point)), extra=origin) as folder:
-        learner.sae.folded(learner.scale).save_pretrained(folder, origin, **learner.examples())
+    folder = plan.output / "saes" / folder_name(str(point))
+    with store.staged(folder, extra=origin, overwrite=True) as staging:
+        learner.sae.folded(learner.scale).save_pretrained(staging, origin, inputs=examples.x)
 
 
 class Log:
-    """metrics.jsonl, one line a logged step and hookpoint, and its optional mirror."""
+    """metrics.jsonl, one line a logged step and hookpoint, with its optional mirror; events.jsonl.
 
-    def __init__(self, plan: Plan, started: float):
-        self._path, self._started = plan.output / "metrics.jsonl", started
-        self._mirror = mirror.open_mirror(plan.config, plan.output)
+    Both begin where the training does: lines of steps that a kill has undone are cut off.
+    """
+
+    def __init__(self, plan: Plan, training: Training):
+        self._paths = {name: plan.output / f"{name}.jsonl" for name in ("metrics", "events")}
+        self._start, self._plan = training, plan
 
     def __enter__(self) -> "Log":
-        self._file = self._path.open("a", encoding="utf-8")
+        self._files = {name: path.open("a", encoding="utf-8") for name, path in self._paths.items()}
+        self._mirror = mirror.open_mirror(self._plan.config, self._plan.output)
+        self.rewind(self._start)
+        if self._start.steps:
+            self.event(self._start, "resumed", {})
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        for file in self._files.values():
+            file.close()
         self._mirror.close()
 
-    def write(self, tokens: int, rows: dict[str, dict[str, float]]) -> None:
+    def write(self, training: Training, rows: dict[str, dict[str, float]]) -> None:
         """Append the metrics of every hookpoint; a number that is not finite becomes null."""
-        seconds = round(time.perf_counter() - self._started, 3)
         for hookpoint, metrics in rows.items():
             finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-            row = {"tokens": tokens, "seconds": seconds, "hookpoint": hookpoint} | finite
-            self._file.write(json.dumps(row, allow_nan=False) + "\n")
-            self._mirror.log({f"{hookpoint}/{k}": v for k, v in finite.items()}, tokens)
-        self._file.flush()
+            self._append("metrics", training, {"hookpoint": hookpoint} | finite)
+            self._mirror.log({f"{hookpoint}/{k}": v for k, v in finite.items()}, training.tokens)
+
+    def event(self, training: Training, name: str, facts: dict[str, Any]) -> None:
+        """Append what happened beside the steps."""
+        self._append("events", training, {"event": name} | facts)
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file, all of them on the disk."""
+        for name, path in self._paths.items():
+            self._files[name].flush()
+            store.fsync(path)
+        return {name: path.stat().st_size for name, path in self._paths.items()}
+
+    def rewind(self, training: Training) -> None:
+        """Cut off what was logged after the state that `training` begins with."""
+        for name, size in self.sizes().items():
+            self._files[name].truncate(min(size, training.logged.get(name, 0)))
+
+    def _append(self, name: str, training: Training, facts: dict[str, Any]) -> None:
+        row = {"tokens": training.tokens, "seconds": round(training.seconds, 3)} | facts
+        self._files[name].write(json.dumps(row, allow_nan=False) + "\n")
+        self._files[name].flush()

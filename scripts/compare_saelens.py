@@ -45,11 +45,11 @@ from sae.activations import ActivationStream, Batch, read
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import SAEError
 from sae.evaluation import evaluate
+from sae.learner import Learner
 from sae.memory import keep_freed_memory
 from sae.planning import Plan, plan
 from sae.sparsity import make_sparsity
 from sae.store import write_atomic
-from sae.training import Learner
 
 SIDES = ("ours", "SAELens")
 BLOCK = 4096
@@ -148,13 +148,13 @@ def train_ours(bed: Bed, training: Training) -> tuple[SparseAutoencoder, dict[st
         }
     )
     run, device = dataclasses.replace(bed.plan, config=config), bed.plan.device
-    generator = torch.Generator().manual_seed(training.seed)
     started, tokens = time.perf_counter(), 0
-    learner = Learner(run, bed.point, scale_and_mean, generator)
+    learner = Learner.begin(run, bed.point, scale_and_mean)
     for stored in batches(bed.folder, config.optim.batch):
         x = stored.to(device)
         source = torch.zeros(len(x), 2, dtype=torch.long)  # only logging reads it
-        learner.step(Batch(x, x, source), tokens / config.tokens)
+        drawn, done = Batch(x, x, source), tokens / config.tokens
+        learner.apply(drawn, learner.gradients(drawn, done), done)
         tokens += len(x)
     info = {"seconds": time.perf_counter() - started, "revived": learner.revived}
     return learner.sae.folded(learner.scale), info

@@ -8,9 +8,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -388,7 +390,7 @@ def test_there_are_enough_mistakes() -> None:
 def test_mistakes(scanned: Place, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     before = scanned.files()
     assert cli.main(given(scanned, MISTAKES[name][0])) == 2
-    assert scanned.files() == before
+    assert scanned.files() == before and not (scanned.folder / "new").exists()
     check_told(scanned, name, *capsys.readouterr())
 
 
@@ -415,7 +417,7 @@ def test_several_mistakes_are_a_line_each(place: Place, capsys: pytest.CaptureFi
 def test_our_own_mistakes_are_one_line_too_and_debug_shows_where(
     place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(config) -> None:
+    def fail(config, **_: object) -> None:
         raise error
 
     monkeypatch.setattr(planning, "plan", fail)
@@ -606,12 +608,13 @@ def test_after_ctrl_c_the_run_is_there(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    def stop(self, tokens: int, rows: dict) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(training.Log, "write", stop)
     run = str(tmp_path / "run")
-    assert cli.main(["train", *flags(place.folder, output=run)]) == 130
-    out = capsys.readouterr().out
-    assert f"stopped after 64 of {TOKENS:,} tokens" in out and f"sae top {run}" in out
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        stop = partial(os.kill, os.getpid(), number)
+        monkeypatch.setattr(training.Log, "write", lambda *_, stop=stop: stop())
+        resume = ["--resume", run] if Path(run).exists() else flags(place.folder, output=run)
+        assert cli.main(["train", *resume]) == code
+        out = capsys.readouterr().out
+        assert f"{number.name}: stopped after " in out and f"sae train --resume {run}" in out
+        assert f"sae top {run}" in out
     assert SparseAutoencoder.from_pretrained(run).d_sae == 48

@@ -45,7 +45,9 @@ def mistakes(path: Path | None, overrides: Mapping[str, object] | None = None) -
     return str(caught.value).splitlines()
 
 
-BELOW_OPTIM = "lr, batch, betas, lr_warmup, lr_decay, dead_after, pool, grad_clip, llm_batch"
+BELOW_OPTIM = (
+    "lr, batch, betas, lr_warmup, lr_decay, dead_after, pool, grad_clip, llm_batch, max_norm"
+)
 MISTAKES = [
     ("optim: {lr: -1}", "optim.lr: -1 came, wanted a number above 0"),
     ("optim: {lr: .nan}", "optim.lr: NaN came, wanted a number above 0"),

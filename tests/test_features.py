@@ -171,6 +171,14 @@ def test_random_examples_are_drawn_evenly(made: Planted) -> None:
     assert np.abs(counts / draws - share).max() < 5 * np.sqrt(share * (1 - share) / draws)
 
 
+def test_none_of_a_kind_is_none(made: Planted) -> None:
+    text = module._Text(made.rows, module.TokenPieces(made.tokenizer))
+    firings = module._Firings(np.arange(3, 15), np.linspace(0.1, 1, 12).astype(np.float32))
+    settings = ScanSettings(top=1, per_interval=0, random=0)
+    picks = list(firings.examples(text, settings, np.random.default_rng(0)))
+    assert [pick.kind for pick in picks] == ["top"]
+
+
 @pytest.mark.parametrize("batch", [1, ROWS])
 def test_the_result_does_not_depend_on_batches_chunks_or_blocks(
     made: Planted, tmp_path: Path, batch: int

@@ -14,15 +14,16 @@ PACKAGE = Path(__file__).parents[1] / "sae"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 ROWS = (
-    "errors memory",
+    "errors memory stopping",
     "untrusted",
     "config builtin",
     "store text hooks documents sparsity kernels language_model mirror",
-    "fingerprint data progress records",
+    "fingerprint data progress records checkpoint",
     "autoencoder",
     "activations losses revival",
     "formats evaluation planning",
-    "training features terminal",
+    "learner resuming features terminal",
+    "training",
     "runs verification",
     "cli",
 )

@@ -30,7 +30,7 @@ def test_a_plan_says_what_it_reads_makes_and_needs(folder: Path) -> None:
     assert lines["SAE"] == "layers.1.mlp_act: 24 → 48 features, topk k 4"
     assert lines["tokens"].startswith(f"{TOKENS:,} needed")
     assert made.source.fingerprint in lines["text"] and str(folder / "run") in lines["disk"]
-    assert made.disk_bytes() == 4 * (2 * 24 * 48 + 48 + 24)
+    assert made.sae_bytes() == 4 * (2 * 24 * 48 + 48 + 24)
     assert files(folder) == before
 
 

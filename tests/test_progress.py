@@ -14,7 +14,7 @@ ROW = {"loss": 123.4, "l0": 16.0, "fvu": 0.25, "dead": 0.125}
 
 def test_a_file_gets_a_line_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.StringIO()
-    with TrainingProgress(4000, out) as bar:
+    with TrainingProgress(4000, file=out) as bar:
         bar.report(1000, {"a": ROW, "b": ROW | {"l0": 32.0}})
         assert out.getvalue() == ""
         monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
@@ -43,7 +43,7 @@ def test_a_terminal_gets_a_bar_on_one_line(width: int, monkeypatch: pytest.Monke
         return Console(**given, force_terminal=True, color_system=None, width=width, _environ={})
 
     monkeypatch.setattr(progress, "Console", console)
-    with TrainingProgress(4_000_000, out) as bar:
+    with TrainingProgress(4_000_000, file=out) as bar:
         bar.report(1_000_000, {"a": ROW})
         bar._progress.refresh()
     shown = [line.rpartition("\r")[2] for line in out.getvalue().split("\n")]

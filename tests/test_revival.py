@@ -3,7 +3,6 @@ loss, and Adam forgets what it knew about the moved ones."""
 
 from collections import Counter
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -31,7 +30,7 @@ def trained(d_out: int = D) -> tuple[SparseAutoencoder, torch.optim.Adam, Tensor
 
 
 def revive(seed: int = 0, dead: Tensor = DEAD, d_out: int = D):
-    """The autoencoder, its Adam, the residuals before, and how many features were moved."""
+    """The autoencoder, its Adam, the residuals before, and which features were moved."""
     sae, adam, x, y = trained(d_out)
     with torch.no_grad():
         residual = y - sae(x).recon
@@ -49,7 +48,7 @@ def moments(sae: SparseAutoencoder, adam: torch.optim.Adam) -> list[tuple[Tensor
 def test_dead_features_point_at_residuals() -> None:
     before, _, _, _ = trained()
     sae, _, _, residual, moved = revive()
-    assert moved == 3
+    assert torch.equal(moved, DEAD)
     directions = torch.nn.functional.normalize(residual, dim=1)
     cosines = torch.nn.functional.normalize(sae.W_dec[DEAD], dim=1) @ directions.T
     assert (cosines.max(1).values > 1 - 1e-5).all()
@@ -95,13 +94,20 @@ def test_other_outputs_than_inputs() -> None:
         assert (cosines.max(1).values > 1 - 1e-5).all()
 
 
-@pytest.mark.parametrize("dead", [torch.zeros(D_SAE, dtype=torch.bool), torch.ones(D_SAE).bool()])
-def test_nothing_to_do(dead: Tensor) -> None:
-    """No feature is dead, or no living one is left to measure norms by."""
+def test_nothing_to_do() -> None:
     before, _, _, _ = trained()
-    sae, _, _, _, moved = revive(dead=dead)
-    assert moved == 0
+    sae, _, _, _, moved = revive(dead=torch.zeros(D_SAE, dtype=torch.bool))
+    assert not moved.any()
     assert torch.equal(sae.W_dec, before.W_dec)
+
+
+def test_all_features_dead() -> None:
+    """Then their own norms are the measure, as no living one is left."""
+    before, _, _, _ = trained()
+    sae, _, _, _, moved = revive(dead=torch.ones(D_SAE, dtype=torch.bool))
+    assert moved.all()
+    norm = before.decoder_norms.mean()
+    torch.testing.assert_close(sae.decoder_norms, norm.expand(D_SAE))
 
 
 def test_no_more_features_than_tokens_with_a_loss() -> None:
@@ -110,7 +116,8 @@ def test_no_more_features_than_tokens_with_a_loss() -> None:
         y = sae(x).recon.clone()
     y[3] += 1
     direction = torch.nn.functional.normalize(torch.ones(D), dim=0)
-    assert resample(sae, adam, x, y, DEAD, torch.Generator().manual_seed(0)) == 1
+    moved = resample(sae, adam, x, y, DEAD, torch.Generator().manual_seed(0))
+    assert moved.nonzero().tolist() == [[2]]
     torch.testing.assert_close(torch.nn.functional.normalize(sae.W_dec[2], dim=0), direction)
 
 

@@ -2,11 +2,14 @@
 was learnt survives Ctrl-C."""
 
 import json
+import os
+import signal
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import BATCH, CONTEXT, RELU, TOKENS, llama, planned, save
 
 from sae import config, training
@@ -15,7 +18,7 @@ from sae.planning import Plan
 from sae.store import Run, read_manifest, sha256
 
 BOTH = {"hookpoints": "layers.*.mlp_act"}
-METRICS = {"loss", "mse", "fvu", "l0", "dead", "revived", "lr", "sequences"}
+METRICS = {"loss", "mse", "fvu", "l0", "dead", "revived", "lr", "sequences", "masked", "skipped"}
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +84,7 @@ def test_the_saved_weights_take_raw_activations(folder: Path, tmp_path: Path) ->
     missed = (sae(x).recon - x).square().sum() / (x - x.mean(0)).square().sum()
     assert missed.item() == pytest.approx(fvu[-1], rel=0.3)
     manifest = read_manifest(Run(run).sae())
-    assert manifest["tokens"] == TOKENS and manifest["interrupted"] is False
+    assert manifest["tokens"] == TOKENS and manifest["ended"] == "complete"
     assert manifest["hookpoint"] == str(point) and manifest["model"] == str(folder / "model")
     assert manifest["data_fingerprint"] == plan.source.fingerprint
 
@@ -98,14 +101,14 @@ def test_one_seed_gives_one_result_and_another_seed_another(folder: Path, tmp_pa
 def test_ctrl_c_keeps_what_was_learnt(folder: Path, tmp_path: Path) -> None:
     def stop(tokens: int, rows: dict) -> None:
         if tokens > BATCH:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
 
     plan = planned(folder, BOTH | {"output": str(tmp_path / "run")})
     run = training.train(plan, stop)
     assert read_manifest(run)["tokens"] == 21 * BATCH
     for sae in Run(run).saes().values():
         manifest = read_manifest(sae)
-        assert manifest["interrupted"] is True and manifest["tokens"] == 21 * BATCH
+        assert manifest["ended"] == "SIGINT" and manifest["tokens"] == 21 * BATCH
         assert SparseAutoencoder.from_pretrained(sae).d_sae == 48
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 4
 
@@ -113,11 +116,11 @@ def test_ctrl_c_keeps_what_was_learnt(folder: Path, tmp_path: Path) -> None:
 def test_a_text_that_ends_early_is_a_shorter_run(folder: Path, tmp_path: Path) -> None:
     plan = planned(folder, {"output": str(tmp_path / "run")})
     rows = list(plan.source.train(4, repeat=False))[:8]
-    plan.source.train = lambda *_: iter(rows)
+    plan.source.train = lambda *_, **__: iter(rows)
     run = training.train(plan)
     read = sum(int(batch.kept.sum()) for batch in rows)
     assert read_manifest(run)["tokens"] == read // BATCH * BATCH < TOKENS
-    assert read_manifest(Run(run).sae())["interrupted"] is False
+    assert read_manifest(Run(run).sae())["ended"] == "text ended"
 
 
 def test_init_from_goes_on_where_the_other_run_ended(folder: Path, tmp_path: Path) -> None:
@@ -141,3 +144,21 @@ def test_nothing_is_sent_anywhere_unless_asked(
     with pytest.warns(UserWarning, match="training goes on"):
         run = training.train(planned(folder, short))
     assert read_manifest(run)["tokens"] == 128
+
+
+def test_a_dead_feature_that_is_not_resampled_stays_dead(folder: Path, tmp_path: Path) -> None:
+    """96 never fire, a batch of 64 tokens revives 64 of them, those quiet longest."""
+    from sae.learner import Learner
+
+    changes = RELU | {"output": str(tmp_path / "run"), "optim.dead_after": str(BATCH)}
+    plan = planned(folder, changes | {"sae.d_sae": "96"})
+    stream = training.Training(plan).stream
+    (point,) = plan.hookpoints
+    learner = Learner.begin(plan, point, stream.statistics()[point])
+    batch = next(iter(stream))[point]
+    with torch.no_grad():
+        learner.sae.b_enc.fill_(-1e6)
+    learner.quiet += torch.arange(96)
+    learner.apply(batch, learner.gradients(batch, 0.1), 0.1)
+    assert learner.revived == BATCH and int(learner.dead.sum()) == 96 - BATCH
+    assert torch.equal(learner.quiet[-BATCH:], torch.zeros(BATCH, dtype=torch.long))

@@ -86,7 +86,10 @@ RELU = {"sae.sparsity.kind": "relu_l1", "sae.sparsity.k": None, "sae.sparsity.l1
 """Changes that make the run one of the other sparsity."""
 
 
-def planned(folder: Path, changes: Mapping[str, str | None] | None = None) -> Plan:
+def planned(
+    folder: Path, changes: Mapping[str, str | None] | None = None, *, resuming: bool = False
+) -> Plan:
     """A plan under `changes`; None leaves a setting at its default."""
     given = overrides(folder) | dict(changes or {})
-    return plan(settings.resolve(None, {k: v for k, v in given.items() if v is not None}))
+    chosen = settings.resolve(None, {k: v for k, v in given.items() if v is not None})
+    return plan(chosen, resuming=resuming)

@@ -1,0 +1,206 @@
+"""One SAE in training: unfolded weights, Adam, schedules, and how long each feature is quiet."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from sae import kernels
+from sae.activations import Batch, Statistics
+from sae.autoencoder import SparseAutoencoder, locate, read_config
+from sae.hooks import Hookpoint
+from sae.kernels import StepStats
+from sae.planning import Plan, sparsity_of
+from sae.revival import resample
+
+AUXK_CANDIDATES = 2
+"""Dead features among which AuxK chooses, in multiples of auxk: all of them would cost as much as a
+dense step while many are dead."""
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+class Learner:
+    """Adam on one SAE; inputs are scaled by `scale`, which the stored weights have folded in.
+
+    A step has two halves, so that nothing is lost where a gradient is not finite: `gradients`
+    leaves everything but the gradients as it was, `apply` does the rest. An L1 penalty makes
+    activations too small, so its training ends with a refit: the decoder alone, without penalty
+    (after Wright & Sharkey 2024, "Addressing feature suppression in SAEs", who tune the norms).
+    """
+
+    def __init__(self, plan: Plan, sae: SparseAutoencoder, scale: float):
+        config = plan.config
+        self.config, self.dtype, self.sae, self.scale = config, plan.dtype, sae, scale
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.optimizer = torch.optim.Adam(
+            sae.parameters(), lr=config.optim.lr, betas=config.optim.betas, fused=True
+        )
+        self.quiet = torch.zeros(sae.d_sae, dtype=torch.long, device=plan.device)
+        self.tokens_since_revival = 0
+        self.revived = 0
+        self.variance = 0.0  # E‖y − mean y‖² of the first batch
+        self.refit: float = getattr(config.sae.sparsity, "refit", 0.0)
+        self.lr = 0.0
+        self.norm = torch.zeros(())
+
+    @classmethod
+    def begin(cls, plan: Plan, point: Hookpoint, statistics: Statistics) -> "Learner":
+        """A new SAE with b_dec at the mean, or that of `init_from`."""
+        config, d_in = plan.config, plan.widths[point]
+        if config.init_from is not None:
+            folder = locate(config.init_from, str(point))
+            old = SparseAutoencoder.from_pretrained(folder, device=plan.device, dtype=torch.float32)
+            scale = (read_config(folder).get("metadata") or {}).get("scale", statistics.scale)
+            sae = old.unfolded(scale)
+            sae.sparsity = sparsity_of(config)
+            return cls(plan, sae, scale)
+        learner = cls(plan, _empty(plan, d_in), statistics.scale)
+        learner.sae.initialise(statistics.mean * statistics.scale, learner.generator)
+        return learner
+
+    @classmethod
+    def restored(cls, plan: Plan, point: Hookpoint, state: Mapping[str, Tensor]) -> "Learner":
+        """The learner whose `state()` this is."""
+        learner = cls(plan, _empty(plan, plan.widths[point]), state["scale"].item())
+        learner.sae.load_state_dict({n: state[n] for n, _ in learner.sae.named_parameters()})
+        for name, parameter in learner.sae.named_parameters():
+            if f"{name}/step" in state:
+                moments = {m: state[f"{name}/{m}"].to(plan.device) for m in _MOMENTS}
+                learner.optimizer.state[parameter] = moments
+        learner.quiet.copy_(state["quiet"])
+        learner.tokens_since_revival, learner.revived = state["revival"].tolist()
+        learner.variance = state["variance"].item()
+        learner.generator.set_state(state["generator"])
+        return learner
+
+    def state(self) -> dict[str, Tensor]:
+        """All that the rest of the training depends on."""
+        tensors = {
+            "scale": torch.tensor(self.scale, dtype=torch.float64),
+            "variance": torch.tensor(self.variance, dtype=torch.float64),
+            "quiet": self.quiet,
+            "revival": torch.tensor([self.tokens_since_revival, self.revived]),
+            "generator": self.generator.get_state(),
+        }
+        for name, parameter in self.sae.named_parameters():
+            tensors[name] = parameter.detach()
+            moments = self.optimizer.state.get(parameter, {})
+            tensors |= {f"{name}/{moment}": value for moment, value in moments.items()}
+        return tensors
+
+    def gradients(self, batch: Batch, done: float) -> StepStats:
+        """The gradients on raw activations; `done` is the share of the tokens trained on."""
+        x, y = batch.x.float() * self.scale, batch.y.float() * self.scale
+        stats = self._gradients(x, y, done)
+        limit = self.config.optim.grad_clip
+        self.norm = torch.nn.utils.clip_grad_norm_(self.sae.parameters(), limit or float("inf"))
+        return stats
+
+    def apply(self, batch: Batch, stats: StepStats, done: float) -> None:
+        """One Adam step with these gradients; dead features come back where it is time."""
+        if not self.variance:
+            self.variance = self._variance(batch)
+        optim = self.config.optim
+        self.lr = optim.lr * warmed_up(done, optim.lr_warmup) * self._decayed(done)
+        self.optimizer.param_groups[0]["lr"] = self.lr
+        self.optimizer.step()
+        self.quiet = torch.where(stats.fired > 0, 0, self.quiet + len(batch.x))
+        self._revive(batch, done)
+
+    def finite(self, stats: StepStats) -> Tensor:
+        """Whether loss and gradients are numbers, as a tensor []."""
+        return stats.loss.isfinite() & self.norm.isfinite()
+
+    def healthy(self) -> bool:
+        """Whether all weights are finite."""
+        return all(bool(parameter.isfinite().all()) for parameter in self.sae.parameters())
+
+    @property
+    def dead(self) -> Tensor:
+        """[d_sae] which features have not fired for `optim.dead_after` tokens."""
+        return self.quiet >= self.config.optim.dead_after
+
+    def metrics(self, stats: StepStats, batch: Batch) -> dict[str, float]:
+        """What a logged step writes down. `fvu` is that of this batch."""
+        (document, position), context = batch.source.T, self.config.data.context
+        return {
+            "loss": stats.loss.item(),
+            "mse": stats.mse.item(),
+            "fvu": stats.mse.item() / (self._variance(batch) or float("nan")),
+            "l0": stats.l0.item(),
+            "dead": self.dead.float().mean().item(),
+            "revived": self.revived,
+            "lr": self.lr,
+            "sequences": len(torch.stack([document, position // context]).unique(dim=1)[0]),
+        }
+
+    def _gradients(self, x: Tensor, y: Tensor, done: float) -> StepStats:
+        sparsity = self.config.sae.sparsity
+        if sparsity.kind == "relu_l1":
+            refitting = done >= 1 - self.refit
+            l1 = 0.0 if refitting else sparsity.l1 * warmed_up(done, sparsity.l1_warmup)
+            stats = kernels.relu_l1_step(self.sae, x, y, l1, matmul_dtype=self.dtype)
+            if refitting:
+                for parameter in (self.sae.W_enc, self.sae.b_enc, self.sae.b_dec):
+                    parameter.grad = None  # Adam leaves these alone: what is active stays so
+            return stats
+        auxk = sparsity.auxk or self.sae.d_in // 2
+        return kernels.topk_step(
+            self.sae,
+            x,
+            y,
+            sparsity.k,
+            auxk=auxk,
+            auxk_coef=sparsity.auxk_coef * self.variance,  # both losses in the same unit
+            dead=self._quietest_dead(AUXK_CANDIDATES * auxk),
+            matmul_dtype=self.dtype,
+        )
+
+    def _variance(self, batch: Batch) -> float:
+        """Mean over the batch of ‖y − mean y‖², scaled."""
+        y = batch.y.float() * self.scale
+        return (y - y.mean(0)).square().sum(1).mean().item()
+
+    def _decayed(self, done: float) -> float:
+        """1 → 0 over `lr_decay` before the refit, and once more over the refit."""
+        if done >= 1 - self.refit:
+            return (1 - done) / self.refit if self.refit else 0.0
+        share = self.config.optim.lr_decay
+        return min(1.0, (1 - self.refit - done) / share) if share else 1.0
+
+    def _quietest_dead(self, limit: int) -> Tensor:
+        """[d_sae] the dead features that have been quiet longest, at most `limit` of them."""
+        quietest = torch.zeros_like(self.quiet, dtype=torch.bool)
+        quietest[self.quiet.topk(min(limit, len(self.quiet))).indices] = True
+        return quietest & self.dead
+
+    def _revive(self, batch: Batch, done: float) -> None:
+        """Resample every `dead_after` tokens until the learning rate starts to fall."""
+        optim = self.config.optim
+        self.tokens_since_revival += len(batch.x)
+        if self.sae.sparsity.revival != "resample" or self._decayed(done) < 1:
+            return
+        if self.tokens_since_revival >= optim.dead_after:
+            x, y = batch.x.float() * self.scale, batch.y.float() * self.scale
+            dead = self._quietest_dead(len(x))
+            moved = resample(self.sae, self.optimizer, x, y, dead, self.generator)
+            self.revived += int(moved.sum())
+            self.quiet[moved] = 0
+            self.tokens_since_revival = 0
+
+
+def warmed_up(done: float, share: float) -> float:
+    """0 → 1 over the first `share` of the tokens."""
+    return min(1.0, done / share) if share else 1.0
+
+
+def _empty(plan: Plan, d_in: int) -> SparseAutoencoder:
+    """An SAE of the planned shape, its weights still to be set."""
+    config = plan.config
+    return SparseAutoencoder(
+        d_in,
+        config.sae.width(d_in),
+        sparsity_of(config),
+        subtract_b_dec=config.sae.subtract_b_dec,
+        device=plan.device,
+    )
