@@ -16,7 +16,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from sae import fingerprint
-from sae.config import YAML_BYTES, parse_yaml
+from sae.config import YAML_BYTES, dump_yaml, parse_yaml
 from sae.errors import ConfigError, FormatError, RunError, suggest
 from sae.fingerprint import FINGERPRINT
 from sae.sparsity import Sparsity, make_sparsity
@@ -210,9 +210,7 @@ class SparseAutoencoder(nn.Module):
         what they give is stored too, and checked at every load (see `sae.fingerprint`).
         """
         folder = Path(folder)
-        text = yaml.safe_dump(
-            self.config() | {"metadata": dict(metadata or {})}, sort_keys=False, allow_unicode=True
-        )
+        text = dump_yaml(self.config() | {"metadata": dict(metadata or {})})
         tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / CONFIG, text)

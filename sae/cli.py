@@ -20,6 +20,7 @@ from sae import __version__
 from sae.errors import ConfigError, FormatError, RunError, SAEError, suggest
 from sae.text import visible
 
+LONG = 500
 VERBS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {}
 
 
@@ -49,9 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         lines, code = _told(error)
         for line in lines:
-            print(f"sae: {visible(line)}", file=sys.stderr)
+            print(f"sae: {_shortened(visible(line))}", file=sys.stderr)
         return code
     return 0
+
+
+def _shortened(line: str) -> str:
+    """A line without the middle of what is far too long in it."""
+    return line if len(line) <= 2 * LONG else f"{line[:LONG]} … {line[-LONG:]}"
 
 
 def _told(error: Exception) -> tuple[list[str], int]:
@@ -70,6 +76,7 @@ def _told(error: Exception) -> tuple[list[str], int]:
 
 
 def _dispatch(args: list[str]) -> int:
+    _refuse_unusable(args)
     verb = args[0] if args else "--help"
     if verb in ("-h", "--help"):
         print(_overview())
@@ -78,8 +85,20 @@ def _dispatch(args: list[str]) -> int:
     elif verb in VERBS:
         return VERBS[verb][1](args[1:]) or 0
     else:
-        raise RunError(f"no verb {verb!r}; there are {', '.join(VERBS)}{suggest(verb, VERBS)}")
+        hint = suggest(verb, VERBS) or "; sae --help tells what they do"
+        raise RunError(f"no verb {verb!r}; there are {', '.join(VERBS)}{hint}")
     return 0
+
+
+def _refuse_unusable(args: list[str]) -> None:
+    """What no file can be called, nor any text hold."""
+    for arg in args:
+        try:
+            usable = b"\0" not in os.fsencode(arg)
+        except UnicodeEncodeError:  # half of a pair of surrogates
+            usable = False
+        if not usable:
+            raise ConfigError(f"{arg!r} holds a character that no name or text may; remove it")
 
 
 def _overview() -> str:
@@ -136,7 +155,8 @@ class Parser(argparse.ArgumentParser):
                 kept.append(option + equals + value)
                 skipping = False
             elif re.fullmatch(r"--?[a-zA-Z][\w.-]*", name):
-                mistakes.append(f"{name}: no such option{_nearest(option[2:], known)}")
+                hint = _nearest(option[2:], known) or f"; {self.prog} --help tells the options"
+                mistakes.append(f"{name}: no such option{hint}")
                 skipping = not equals
             elif not skipping:
                 kept.append(arg)
@@ -377,6 +397,8 @@ def _chosen(dictionary, given: dict[str, object], limit: int) -> list[int]:
 
 
 def _top_of_text(given: dict[str, object]) -> None:
+    if any("\ud800" <= c <= "\udfff" for c in str(given["text"])):  # bytes Python cannot decode
+        raise ConfigError("--text: not UTF-8 text came; save it as UTF-8 or type it anew")
     opened = _open(given)
     from sae.runs import features_of
     from sae.terminal import make_console, prompt_view
@@ -401,7 +423,7 @@ def export(args: list[str]) -> None:
     from sae.store import Run
 
     for needed in ("format", "out"):
-        if needed not in given:
+        if not given.get(needed):
             raise FormatError(f"--{needed} is missing; sae export RUN --format NAME --out DIR")
     name = str(given["format"])
     formats.check(name)

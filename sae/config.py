@@ -378,9 +378,12 @@ def resolve(path: str | Path | None, overrides: Mapping[str, object]) -> TrainCo
 
 def dump(config: TrainConfig) -> str:
     """The config as YAML that loads back to an equal config."""
-    return yaml.dump(
-        config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True
-    )
+    return dump_yaml(config.model_dump(mode="json"))
+
+
+def dump_yaml(data: Any) -> str:
+    """Plain data as YAML that `parse_yaml`, and any other reader, gives back as it was."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 class _Loader(yaml.SafeLoader):

@@ -139,7 +139,10 @@ def _parquet_rows(file: Path, column: str) -> Iterator[dict[str, Any]]:
             for batch in table.iter_batches(columns=[column] if there else None):
                 yield from batch.to_pylist()
     except pa.ArrowException as error:
-        raise DataError(f"data.source: {file} cannot be read: {_first_line(error)}") from error
+        raise DataError(
+            f"data.source: {file} cannot be read as Parquet; convert it or remove it\n"
+            f"  {_first_line(error)}"
+        ) from error
 
 
 READERS: dict[str, Callable[[Path, str], Iterator[dict[str, Any]]]] = {

@@ -78,7 +78,8 @@ def _locate(name: str) -> str:
 def _near(name: str) -> str:
     """The neighbouring folder whose name is nearest to one that does not exist."""
     folder = Path(name).parent
-    return suggest(name, map(str, folder.iterdir()) if folder.is_dir() else ())
+    there = map(str, folder.iterdir()) if folder.is_dir() else ()
+    return suggest(name, (path for path in there if path != name))
 
 
 def _load(source: str, revision: str | None) -> tuple[Any, Any, bool]:

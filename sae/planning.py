@@ -305,11 +305,12 @@ def _check_saes(plan: Plan) -> None:
 
 
 def _check_start(plan: Plan, point: Hookpoint, d_sae: int) -> None:
-    """ConfigError where `init_from` holds another kind or size of SAE."""
+    """SAEError where `init_from` holds another kind or size of SAE, or a damaged one."""
     config = plan.config
     try:
         folder = locate(config.init_from or "", str(point))
         old = read_config(folder)
+        SparseAutoencoder.from_pretrained(folder)  # now, while nothing is written yet
     except SAEError as error:
         raise type(error)(f"init_from: {error}") from None
     pairs = {

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from safetensors import safe_open
 
-from sae.errors import FormatError, RunError
+from sae.errors import FormatError, RunError, suggest
 from sae.store import check_files
 from sae.untrusted import read_header
 
@@ -260,7 +260,7 @@ class FeatureDictionary:
         Raises RunError on an unknown `sort`.
         """
         if sort not in SORTS:
-            raise RunError(f"--sort {sort}: choose one of {', '.join(SORTS)}")
+            raise RunError(f"--sort {sort}: choose one of {', '.join(SORTS)}{suggest(sort, SORTS)}")
         columns = dict.fromkeys(["feature", "n_fired", "label", "top_tokens", "writes", sort])
         table = self.table(list(columns))
         if search:

@@ -228,7 +228,9 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     try:
         manifest = untrusted.read_json(file)
     except FileNotFoundError:
-        raise RunError(f"{path} is not complete: it has no {MANIFEST}") from None
+        raise RunError(
+            f"{path} is not complete: it has no {MANIFEST}; copy all of it, or make it again"
+        ) from None
     except FormatError as error:
         raise RunError(str(error)) from None
     number = manifest.get("format") if isinstance(manifest, dict) else None
@@ -314,7 +316,7 @@ class Run:
         folder = found.get(folder_name(name))
         if folder is None:
             hint = suggest(name, found)
-            raise RunError(f"{self.path} has no SAE {name!r}{hint}; it has {', '.join(found)}")
+            raise RunError(f"{self.path} has no SAE {name!r}; it has {', '.join(found)}{hint}")
         return folder
 
     def features(self, name: str | None = None) -> Path:

@@ -3,6 +3,7 @@
 The language model is not needed, and torch only for the weights.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -64,22 +65,25 @@ def _name(run: Run, path: Path) -> str:
     return "the run" if path == run.path else path.relative_to(run.path).as_posix()
 
 
+def _about(file: Path, error: SAEError) -> str:
+    """The error, beginning with the file it is about."""
+    return str(error) if str(error).startswith(str(file)) else f"{file}: {error}"
+
+
 def _settings(run: Run) -> Finding:
     try:
         config.load(run.config_path)
     except SAEError as error:
-        return Finding("config.yaml", "", [f"{run.config_path}: {error}"])
+        return Finding("config.yaml", "", [_about(run.config_path, error)])
     return Finding("config.yaml", "every setting is known and in its range", [])
 
 
 def _hashes(run: Run, folder: Path, others: list[Path]) -> Finding:
     """The files of one folder; those of `others` are told about where it is their turn."""
-    inner = tuple(f"{other}/" for other in others if other != folder and folder in other.parents)
-    problems = [line for line in store.verify(folder) if not line.startswith(inner or "\0")]
+    inner = tuple(f"{other}{os.sep}" for other in others if folder in other.parents)
+    problems = [line for line in store.verify(folder) if not line.startswith(inner)]
     n = 0 if problems else len(store.read_manifest(folder)["files"])
-    return Finding(
-        _name(run, folder), f"{n} files have the size and SHA-256 written down", problems
-    )
+    return Finding(_name(run, folder), f"{n} files of the expected size and SHA-256", problems)
 
 
 def _weights(run: Run, folder: Path) -> Finding:
@@ -105,10 +109,12 @@ def _weights(run: Run, folder: Path) -> Finding:
 def _evaluation(run: Run, folder: Path) -> Finding:
     file = folder / "eval.json"
     try:
-        made_from = read_json(file).get("sae_sha256")
-    except (SAEError, AttributeError) as error:
-        return Finding(_name(run, file), "", [f"{file}: {error}"])
-    if made_from == store.sha256(folder / store.WEIGHTS):
+        result = read_json(file)
+    except SAEError as error:
+        return Finding(_name(run, file), "", [_about(file, error)])
+    if isinstance(result, dict) and result.get("sae_sha256") == store.sha256(
+        folder / store.WEIGHTS
+    ):
         return Finding(_name(run, file), "made from these weights", [])
     problem = f"{file} was made from other weights; make it again with: sae evaluate RUN"
     return Finding(_name(run, file), "", [problem])

@@ -5,7 +5,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from sae.autoencoder import SparseAutoencoder
+from sae.autoencoder import SparseAutoencoder, read_config
 from sae.errors import ConfigError, FormatError, RunError
 from sae.sparsity import ReluL1, TopK
 
@@ -148,6 +148,15 @@ def test_cfg_yaml_holds_settings_and_metadata(tmp_path):
         "dtype": "float32",
         "metadata": {"scale": 0.5},
     }
+
+
+def test_metadata_comes_back_as_it_was(tmp_path):
+    """Text that looks like a number under some rules of YAML too: a hash may be 12e4567."""
+    metadata = {"a": "1234567e89012345", "b": "1e5", "c": 1e-05, "d": "no", "e": "0x1F", "f": None,
+                "g": "12:30", "h": [1, True], "i": {"j": "↵\n"}, "k": "2024-01-01"}  # fmt: skip
+    build().save_pretrained(tmp_path, metadata)
+    assert read_config(tmp_path)["metadata"] == metadata
+    assert yaml.safe_load((tmp_path / "cfg.yaml").read_text())["metadata"] == metadata
 
 
 def test_loading_can_change_the_dtype(tmp_path):

@@ -7,13 +7,16 @@ and leaves every file as it was.
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -24,6 +27,8 @@ from sae import cli, planning, training
 from sae.autoencoder import SparseAutoencoder
 from sae.records import FeatureDictionary
 from sae.store import Run, sha256
+
+SITE = "layers.1.mlp_act"
 
 
 def flags(folder: Path, **changes: str) -> list[str]:
@@ -61,9 +66,46 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     (folder / "file").write_text("mine")
     (folder / "typo.yaml").write_text("optim:\n  lrr: 1e-3\nsede: 1\n")
     (folder / "broken.yaml").write_text("optim: [1\n")
+    write_broken_things(folder)
     done = python("-m", "sae.cli", "train", *flags(folder, seed="7"))
     assert done.returncode == 0, done.stderr
     return Place(folder, done.stdout)
+
+
+def write_broken_things(folder: Path) -> None:
+    """Settings, texts and models that nobody can read."""
+    (folder / "twice.yaml").write_text("seed: 1\nseed: 2\n")
+    (folder / "list.yaml").write_text("- seed\n")
+    (folder / "latin.yaml").write_bytes(b"seed: 1\n# caf\xe9\n")
+    (folder / "deep.yaml").write_text("optim: " + "[" * 5000)
+    names = "abcdefghij"
+    lines = [f"{b}: &{b} [{', '.join(['*' + a] * 9)}]" for a, b in pairwise(names)]
+    (folder / "bomb.yaml").write_text("\n".join(["a: &a [1]", *lines]))
+    (folder / "call.yaml").write_text("seed: !!python/object/apply:os.getpid []\n")
+    (folder / "numbers.jsonl").write_text('{"text": 3}\n')
+    (folder / "cut.jsonl").write_text('{"text": "a b c"}\n{"text": "a\n')
+    (folder / "cut.parquet").write_bytes(b"PAR1")
+    pq.write_table(pa.table({"words": ["the cat"]}), folder / "words.parquet")
+    (folder / "binary.txt").write_bytes(bytes(1000))
+    for name, file in (("pickles", "data.pkl"), ("no model", "config.json")):
+        (folder / name).mkdir()
+        (folder / name / file).write_text("{}")
+
+
+def break_runs(place: "Place") -> None:
+    """Copies of the run: without features, with two SAEs, damaged in several ways."""
+    for name in ("bare", "two", "cut", "lost", "edited", "wrong"):
+        shutil.copytree(place.run, place.folder / name)
+    saes = {p.parent.name: p / SITE for p in place.folder.glob("*/saes")}
+    shutil.rmtree(saes["bare"] / "features")
+    shutil.copytree(saes["two"], saes["two"].with_name("layers.0.mlp_act"))
+    weights = saes["cut"] / "sae.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-7])
+    (saes["lost"] / "features" / "examples.parquet").unlink()
+    config = saes["edited"] / "cfg.yaml"
+    config.write_text(config.read_text().replace("k: 4", "k: 6"))
+    (saes["edited"] / "manifest.json").unlink()
+    (place.folder / "wrong" / "config.yaml").write_text("seed: x\n")
 
 
 def python(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -78,6 +120,7 @@ def python(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[s
 def scanned(place: Place) -> Place:
     """The run once its features are written."""
     assert cli.main(["features", str(place.run), "--tokens", "1500", "--device", "cpu"]) == 0
+    break_runs(place)
     return place
 
 
@@ -153,24 +196,211 @@ MISTAKES = {
         ["export", "@run", "--format", "safetensors", "--out", "@x", "--feature", "1"],
         ["--feature", "compete"],
     ),
+    # settings
+    "setting of another kind": (
+        [TRAIN, "--sae.sparsity.l1", "5"], ["sae.sparsity.l1", "sae.sparsity.kind: relu_l1"],
+    ),
+    "kind with a slip": ([TRAIN, "--sae.sparsity.kind", "topkk"], ['"topkk" came', "'topk'"]),
+    "dtype with a slip": ([TRAIN, "--model.dtype", "bf16"], ["model.dtype", "'bfloat16'"]),
+    "no such dtype": ([TRAIN, "--model.dtype", "int8"], ["model.dtype", '"int8"', "float32"]),
+    "seed below 0": ([TRAIN, "--seed", "-1"], ["seed: -1 came", "from 0 to 4294967295"]),
+    "seed too large": ([TRAIN, "--seed", "5000000000"], ["seed: 5000000000 came", "4294967295"]),
+    "empty seed": ([TRAIN, "--seed="], ["seed: null came", "whole number"]),
+    "no tokens": ([TRAIN, "--tokens", "0"], ["tokens: 0 came", "at least 1"]),
+    "less than a batch": ([TRAIN, "--tokens", "63"], ["tokens: 63", "optim.batch (64)"]),
+    "part of a token": ([TRAIN, "--tokens", "1.5"], ["tokens: 1.5 came", "whole number"]),
+    "no batch": ([TRAIN, "--optim.batch", "0"], ["optim.batch: 0 came", "at least 1"]),
+    "no lr": ([TRAIN, "--optim.lr", "0"], ["optim.lr: 0 came", "above 0"]),
+    "long warmup": ([TRAIN, "--optim.lr_warmup", "2"], ["optim.lr_warmup: 2", "from 0 to 1"]),
+    "warmup and decay": (
+        [TRAIN, "--optim.lr_warmup", "0.9"], ["optim.lr_warmup: 0.9", "optim.lr_decay (0.2)"],
+    ),
+    "beta of 1": ([TRAIN, "--optim.betas", "0.9", "1"], ["optim.betas: [0.9, 1]", "below 1"]),
+    "one beta": ([TRAIN, "--optim.betas", "0.9"], ["optim.betas: [0.9] came", "two numbers"]),
+    "no clipping by 0": ([TRAIN, "--optim.grad_clip", "0"], ["optim.grad_clip: 0", "or null"]),
+    "no sequences": ([TRAIN, "--optim.llm_batch", "0"], ["optim.llm_batch: 0", "at least 1"]),
+    "never dead": ([TRAIN, "--optim.dead_after", "never"], ["optim.dead_after", '"never" came']),
+    "all held out": ([TRAIN, "--data.heldout", "1"], ["data.heldout: 1", "below 1"]),
+    "next to all held out": (
+        [TRAIN, "--data.heldout", "0.9999999"], ["data.source", "less than 1 training row"],
+    ),
+    "context of 1": ([TRAIN, "--data.context", "1"], ["data.context: 1", "at least 2"]),
+    "nothing to evaluate": ([TRAIN, "--data.eval_tokens", "0"], ["data.eval_tokens: 0 came"]),
+    "maybe": ([TRAIN, "--data.streaming", "maybe"], ['data.streaming: "maybe"', "true or false"]),
+    "expansion of 0": (
+        [TRAIN, "--sae.d_sae", "null", "--sae.expansion_factor", "0"], ["sae.expansion_factor: 0"],
+    ),
+    "k of 0": ([TRAIN, "--sae.sparsity.k", "0"], ["sae.sparsity.k: 0 came", "at least 1"]),
+    "auxk above d_sae": ([TRAIN, "--sae.sparsity.auxk", "99"], ["sae.sparsity.auxk: 99", "(48)"]),
+    "hookpoint twice": (
+        [TRAIN, "--hookpoints", "layers.1.mlp_act"], ["hookpoints: ", "each once"],
+    ),
+    "empty hookpoint": ([TRAIN, "--hookpoints", ""], ["hookpoints: ", "a list of hookpoints"]),
+    "layer x": ([TRAIN, "--hookpoints", "layers.x.mlp_act"], ["layers.x", "'layers.0.mlp_act'"]),
+    "no site": ([TRAIN, "--hookpoints", "layers.0"], ["hookpoint layers.0:", "attn_out"]),
+    "no layer": ([TRAIN, "--hookpoints", "mlp_act"], ["hookpoint mlp_act", "'layers.0.mlp_act'"]),
+    "no such module": (
+        [TRAIN, "--hookpoints", "module:transformer.h.9"], ["no such module", "transformer.h.1"],
+    ),
+    "wild slip": ([TRAIN, "--hookpoints", "layers.*.mlpout"], ["nothing", "'layers.*.mlp_out'"]),
+    "mode": ([TRAIN, "--wandb.mode", "on"], ['wandb.mode: "on" came', "online, offline"]),
+    "no such device": ([TRAIN, "--device", "gpu"], ['device: "gpu" came', "cuda:N"]),
+    "no output": ([TRAIN, "--output", ""], ['output: "" came', "wanted text"]),
+    "output is a file": ([TRAIN, "--output", "@file"], ["@file exists already", "--output"]),
+    "a group is no setting": ([TRAIN, "--optim", "3"], ["--optim: no such option", "mean"]),
+    "short option": ([TRAIN, "-x"], ["-x: no such option", "sae train --help"]),
+    # files of settings
+    "a folder for a config": (["train", "@texts"], ["@texts: cannot be read", "a YAML file"]),
+    "not UTF-8": (["train", "@latin.yaml"], ["latin.yaml line 2", "save it as UTF-8"]),
+    "key twice": (["train", "@twice.yaml"], ["'seed' is given twice", "keep one"]),
+    "no keys": (["train", "@list.yaml"], ["list.yaml: ", "such as seed: 1"]),
+    "deep nesting": (["train", "@deep.yaml"], ["deep.yaml line 1: nested too deeply"]),
+    "bomb of aliases": (["train", "@bomb.yaml"], ["bomb.yaml", "aliases that repeat too much"]),
+    "call in YAML": (["train", "@call.yaml"], ["call.yaml line 1: not valid YAML"]),
+    "config in no folder": (["train", "@gone/x.yaml"], ["there is no folder @gone", "check"]),
+    # models and texts
+    "model not on the Hub": ([TRAIN, "--model.name", "gpt3"], ["'gpt3' cannot be loaded", "Hub"]),
+    "empty model name": ([TRAIN, "--model.name", ""], ['model.name: "" came', "wanted text"]),
+    "no such bundled model": (
+        [TRAIN, "--model.name", "builtin:smal"], ["no built-in model 'builtin:smal'", "'builtin:'"],
+    ),
+    "no model in it": ([TRAIN, "--model.name", "@no model"], ["@no model' cannot be loaded as"]),
+    "bundled text slip": (
+        [TRAIN, "--data.source", "builtin:stdlb"], ["'builtin:stdlb'", "'builtin:stdlib'"],
+    ),
+    "binary text": ([TRAIN, "--data.source", "@binary.txt"], ["@binary.txt is not UTF-8 text"]),
+    "half a line": ([TRAIN, "--data.source", "@cut.jsonl"], ["@cut.jsonl line 2", "JSON object"]),
+    "numbers for text": (
+        [TRAIN, "--data.source", "@numbers.jsonl"], ["row 0, column 'text' holds int", "token ids"],
+    ),
+    "half a table": ([TRAIN, "--data.source", "@cut.parquet"], ["@cut.parquet cannot be read as"]),
+    "table without text": (
+        [TRAIN, "--data.source", "@words.parquet"], ["no column 'text'", "columns are words"],
+    ),
+    "column with a slip": (
+        [TRAIN, "--data.source", "@rows.jsonl", "--data.column", "bodi"], ["'bodi'", "'body'"],
+    ),
+    "pickles for text": ([TRAIN, "--data.source", "@pickles"], ["no text in @pickles", ".jsonl"]),
+    "no data set": ([TRAIN, "--data.source", "nobody/no"], ["data.source: 'nobody/no'", "'train'"]),
+    "empty source": ([TRAIN, "--data.source", ""], ['data.source: "" came', "wanted text"]),
+    # weights to start from
+    "start from a file": ([TRAIN, "--init_from", "@file"], ["init_from: @file", "no such folder"]),
+    "start from texts": ([TRAIN, "--init_from", "@texts"], ["init_from: @texts holds no SAE"]),
+    "start at another place": (
+        [TRAIN, "--init_from", "@run", "--hookpoints", "layers.0.mlp_out"],
+        ["init_from: @run has no SAE 'layers.0.mlp_out'", "it has layers.1.mlp_act"],
+    ),
+    "start from half": ([TRAIN, "--init_from", "@cut"], ["sae.safetensors is damaged", "put back"]),
+    "start from an edited one": (
+        [TRAIN, "--init_from", "@edited"], ["@edited/saes", "do not belong together", "one save"],
+    ),
+    # runs
+    "no tokens to evaluate": (["evaluate", "@run", "--tokens", "0"], ["--tokens", "'0'"]),
+    "too many tokens": (["evaluate", "@run", "--tokens", "9" * 40], ["--tokens: '999", "whole"]),
+    "k of 0 neurons": (["evaluate", "@run", "--k", "0"], ["--k", "'0'", "at least 1"]),
+    "evaluate on no GPU": (["evaluate", "@run", "--device", "cuda:77"], ["cuda:77", "cpu or auto"]),
+    "evaluate half": (["evaluate", "@cut"], ["sae.safetensors is damaged", "bytes, not"]),
+    "evaluate wrong settings": (["evaluate", "@wrong"], ["@wrong/config.yaml is damaged"]),
+    "two runs": (["evaluate", "@run", "@run"], ["unrecognized", "sae evaluate --help"]),
+    "an SAE more": (
+        ["evaluate", "@two", "--sae", "layers.2.mlp_act"], ["'layers.2.mlp_act'", "did you mean"],
+    ),
+    "below 0 tokens": (["features", "@run", "--tokens", "-5"], ["--tokens", "'-5'"]),
+    "no manifest": (["features", "@edited"], ["is not complete", "manifest.json"]),
+    "empty SAE": (["features", "@run", "--sae", ""], ["no SAE ''", "layers.1.mlp_act"]),
+    "SAE above": (["top", "@run", "--sae", "../../x"], ["no SAE '../../x'", "layers.1.mlp_act"]),
+    "nothing to verify": (["verify"], ["required: RUN", "sae verify --help"]),
+    "verify no run": (["verify", "@texts"], ["@texts is not a run", "config.yaml"]),
+    "verify another": (["verify", "@run", "--sae", "layers.1.mlp_akt"], ["'layers.1.mlp_act'"]),
+    "verify half": (["verify", "@cut"], ["sae.safetensors is damaged", "put back"]),
+    "verify wrong settings": (["verify", "@wrong"], ['seed: "x" came', "config.yaml is damaged"]),
+    "verify on a device": (["verify", "@run", "--device", "cpu"], ["--device: no such option"]),
+    "verify with a slip": (["verfy", "@run"], ["no verb 'verfy'", "did you mean 'verify'"]),
+    "no features yet": (["top", "@bare"], ["no feature dictionary yet", "sae features RUN"]),
+    "which SAE": (["top", "@two"], ["holds 2 SAEs", "--sae: layers.0.mlp_act, layers.1.mlp_act"]),
+    "examples gone": (["top", "@lost"], ["features/examples.parquet is missing", "make it again"]),
+    "backward range": (["top", "@run", "--feature", "5-2"], ["feature 5-2", "smaller number"]),
+    "empty feature": (["top", "@run", "--feature", ""], ["--feature is empty", "1,5,10-20"]),
+    "feature below 0": (["top", "@run", "--feature", "-1"], ["feature '-1'", "1,5,10-20"]),
+    "sample of x": (["top", "@run", "--sample", "x"], ["--sample: 'x' came", "at least 0"]),
+    "limit of nan": (["top", "@run", "--limit", "nan"], ["--limit: 'nan' came", "at least 1"]),
+    "sort with a slip": (["top", "@run", "--sort", "densty"], ["--sort densty", "'density'"]),
+    "search a sample": (
+        ["top", "@run", "--search", "a", "--sample", "1"], ["--sample and --search", "one of them"],
+    ),
+    "inside a run": (["top", "@run/saes"], ["@run/saes is not a run", "config.yaml"]),
+    "text of stray bytes": (["top", "@run", "--text", "caf\udce9"], ["--text", "not UTF-8"]),
+    "escape code": (["top", "\x1b[31mrun"], ["\\x1b[31mrun is not a run", "no such folder"]),
+    "NUL": (["top", "a\0b"], ["'a\\x00b' holds a character", "remove it"]),
+    "half a character": ([TRAIN, "--output", "\ud800"], ["'\\ud800' holds a character"]),
+    "long name": (["top", "x" * 5000], ["xxx … xxx", "xx: File name too long; check the path"]),
+    "no place": (["export", "@run", "--format", "csv"], ["--out is missing", "--out DIR"]),
+    "empty place": (["export", "@run", "--format", "csv", "--out", ""], ["--out is missing"]),
+    "feature not there": (
+        ["export", "@run", "--format", "csv", "--out", "@x", "--feature", "99"], ["feature 99"],
+    ),
+    "export over a file": (
+        ["export", "@run", "--format", "csv", "--out", "@file"], ["@file already exists", "not a"],
+    ),
+    "export no features": (
+        ["export", "@bare", "--format", "csv", "--out", "@x"], ["sae features RUN"],
+    ),
+    "export half": (
+        ["export", "@cut", "--format", "safetensors", "--out", "@x"], ["tensors is damaged"],
+    ),
+    "export without examples": (
+        ["export", "@lost", "--format", "jsonl", "--out", "@x"], ["examples.parquet is missing"],
+    ),
+    "options alone": (["--tokens", "5"], ["no verb '--tokens'", "sae --help"]),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("args", "words"), MISTAKES.values(), ids=MISTAKES)
-def test_mistakes(
-    scanned: Place, args: list, words: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    given = ["train", *flags(scanned.folder, output="@new")] if args[0] is TRAIN else args[:1]
+TWO = {"unknown key", "verify wrong settings"}
+"""Those that are two mistakes."""
+
+ALONE = (
+    "unknown verb", "bomb of aliases", "no folder", "NaN lr", "two configs", "which SAE",
+    "verify half", "escape code", "long name", "unknown layer",
+)  # fmt: skip
+"""Those that are tried as processes of their own too."""
+
+
+def given(place: Place, args: list) -> list[str]:
+    """The arguments of a mistake."""
+    first = ["train", *flags(place.folder, output="@new")] if args[0] is TRAIN else args[:1]
+    return [place.fill(arg) for arg in [*first, *args[1:]]]
+
+
+def check_told(place: Place, name: str, out: str, err: str) -> None:
+    """In few words, all of those wanted among them."""
+    lines = err.splitlines()
+    for word in MISTAKES[name][1]:
+        assert place.fill(word) in err
+    assert 1 <= len(lines) <= 3 * (2 if name in TWO else 1) and "Traceback" not in err
+    assert all(line.startswith("sae: ") and line.isprintable() for line in lines)
+    assert max(map(len, lines)) < 1100
+    assert "trained" not in out and "written" not in out and "all is well" not in out
+
+
+def test_there_are_enough_mistakes() -> None:
+    assert len(MISTAKES) >= 80 and len(ALONE) == 10 and {*ALONE, *TWO} <= MISTAKES.keys()
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes(scanned: Place, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     before = scanned.files()
-    assert cli.main([scanned.fill(arg) for arg in [*given, *args[1:]]]) == 2
-    out, err = capsys.readouterr()
+    assert cli.main(given(scanned, MISTAKES[name][0])) == 2
+    assert scanned.files() == before and not (scanned.folder / "new").exists()
+    check_told(scanned, name, *capsys.readouterr())
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_mistakes_in_a_process_of_their_own(scanned: Place, name: str, tmp_path: Path) -> None:
+    before = scanned.files()
+    done = python("-m", "sae.cli", *given(scanned, MISTAKES[name][0]), cwd=tmp_path)
+    assert done.returncode == 2 and list(tmp_path.iterdir()) == []
     assert scanned.files() == before
-    for word in words:
-        assert scanned.fill(word) in err
-    mistakes = 2 if "sede" in words else 1
-    assert 1 <= len(err.splitlines()) <= 3 * mistakes and "Traceback" not in err
-    assert all(line.startswith("sae: ") for line in err.splitlines())
-    assert "trained" not in out and "written" not in out
+    check_told(scanned, name, done.stdout, done.stderr)
 
 
 def test_several_mistakes_are_a_line_each(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,21 +412,6 @@ def test_several_mistakes_are_a_line_each(place: Place, capsys: pytest.CaptureFi
     assert sorted(line.split()[1] for line in lines[2:]) == rest
     assert cli.main(["top", str(place.run), "--feture", "1", "--limt", "3"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 2
-
-
-@pytest.mark.parametrize(
-    ("args", "words"),
-    [
-        (["evalute", "x"], "did you mean 'evaluate'"),
-        (["train", "--tokens", "0"], "tokens: 0 came, wanted a whole number of at least 1"),
-        (["top", "nowhere"], "nowhere is not a run"),
-    ],
-)
-def test_mistakes_in_a_process_of_their_own(args: list[str], words: str, tmp_path: Path) -> None:
-    done = python("-m", "sae.cli", *args, cwd=tmp_path)
-    assert done.returncode == 2 and done.stdout == ""
-    assert words in done.stderr and len(done.stderr.splitlines()) <= 3
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_our_own_mistakes_are_one_line_too_and_debug_shows_where(
@@ -223,7 +438,8 @@ def test_help_is_there_for_every_verb(capsys: pytest.CaptureFixture[str]) -> Non
     assert cli.main([]) == cli.main(["--help"]) == cli.main(["--version"]) == 0
     out = capsys.readouterr().out
     assert all(
-        f"  sae {verb}" in out for verb in ("train", "evaluate", "features", "top", "export")
+        f"  sae {verb}" in out
+        for verb in ("train", "evaluate", "features", "top", "export", "verify")
     )
     for verb in cli.VERBS:
         with pytest.raises(SystemExit) as stopped:
