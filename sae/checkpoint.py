@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sae import store
 from sae.errors import RunError
+from sae.untrusted import read_header
 
 FOLDER = "steps"
 
@@ -34,7 +35,9 @@ class Checkpoint:
 
     def part(self, name: str) -> dict[str, Tensor]:
         """The tensors of one part, on the CPU."""
-        return load_file(self.folder / f"{name}.safetensors")
+        file = self.folder / f"{name}.safetensors"
+        read_header(file)  # refuses what only looks like safetensors
+        return load_file(file)
 
 
 def write(run: Path, tokens: int, parts: Parts, facts: Mapping[str, Any], keep: int) -> Path:

@@ -341,8 +341,8 @@ def _check_room(plan: Plan) -> None:
     needed = plan.sae_bytes() + plan.checkpoint_bytes()
     if needed > free:
         raise RunError(
-            f"output: {plan.output} needs {needed / 1e6:,.0f} MB, the disk has "
-            f"{free / 1e6:,.0f} MB left; make room or give --output another disk"
+            f"output: {plan.output} needs {needed / 1e6:,.1f} MB, the disk has "
+            f"{free / 1e6:,.1f} MB left; make room or give --output another disk"
         )
 
 

@@ -301,7 +301,7 @@ class Run:
     def sae(self, name: str | None = None) -> Path:
         """The folder of one SAE, by name or hookpoint; without a name the run must hold just one.
 
-        Raises RunError naming those there are.
+        Raises RunError naming those there are, and where its manifest is gone.
         """
         found = self.saes()
         if not found:
@@ -312,11 +312,13 @@ class Run:
                     f"{self.path} holds {len(found)} SAEs, choose one with --sae: "
                     + ", ".join(found)
                 )
-            return next(iter(found.values()))
+            name = next(iter(found))
         folder = found.get(folder_name(name))
         if folder is None:
             hint = suggest(name, found)
             raise RunError(f"{self.path} has no SAE {name!r}; it has {', '.join(found)}{hint}")
+        if not (folder / MANIFEST).is_file():
+            raise RunError(f"{folder} is not complete: it has no {MANIFEST}")
         return folder
 
     def features(self, name: str | None = None) -> Path:

@@ -2,6 +2,7 @@
 made from it."""
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ def pytest_configure() -> None:
     import torch
 
     torch.set_num_threads(1)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

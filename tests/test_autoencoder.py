@@ -5,6 +5,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from sae import store
 from sae.autoencoder import SparseAutoencoder, read_config
 from sae.errors import ConfigError, FormatError, RunError
 from sae.sparsity import ReluL1, TopK
@@ -168,6 +169,7 @@ def test_loading_can_change_the_dtype(tmp_path):
 def make_run(path, names):
     for i, name in enumerate(names):
         build(d_sae=20 + i).save_pretrained(path / "saes" / name)
+        store.write_manifest(path / "saes" / name)
     (path / "config.yaml").write_text("")
     return path
 

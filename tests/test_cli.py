@@ -292,7 +292,8 @@ MISTAKES = {
     ),
     "start from half": ([TRAIN, "--init_from", "@cut"], ["sae.safetensors is damaged", "put back"]),
     "start from an edited one": (
-        [TRAIN, "--init_from", "@edited"], ["@edited/saes", "do not belong together", "one save"],
+        [TRAIN, "--init_from", "@edited/saes/layers.1.mlp_act"],
+        ["@edited/saes", "do not belong together", "one save"],
     ),
     # runs
     "no tokens to evaluate": (["evaluate", "@run", "--tokens", "0"], ["--tokens", "'0'"]),

@@ -235,6 +235,7 @@ def make_run(path: Path, *names: str) -> Path:
         folder = path / "saes" / store.folder_name(name)
         folder.mkdir(parents=True)
         (folder / store.WEIGHTS).write_bytes(name.encode())
+        store.write_manifest(folder)
     path.mkdir(exist_ok=True)
     (path / "config.yaml").write_text("seed: 0\n")
     return path
@@ -250,6 +251,9 @@ def test_a_run_gives_its_saes_by_name_and_hookpoint(tmp_path: Path) -> None:
         run.sae("layers.1.mlp_act")
     only = Run(make_run(tmp_path / "one", "layers.0.mlp_act"))
     assert only.sae() == only.sae("layers.0.mlp_act")
+    (only.sae() / "manifest.json").unlink()
+    with pytest.raises(RunError, match=r"layers\.0\.mlp_act is not complete"):
+        only.sae()
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:

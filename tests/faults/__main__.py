@@ -3,6 +3,7 @@
 import argparse
 import os
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -52,6 +53,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.randrange(2**32), help="of the schedule")
     args = parser.parse_args()
     torch.set_num_threads(1)  # forked processes have no threads of their parent's
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     keep_freed_memory()
     transformers.logging.disable_progress_bar()
     warnings.simplefilter("ignore")  # of damaged checkpoints, which are damaged on purpose
