@@ -5,6 +5,7 @@ Inputs are scaled so that their mean norm is √d_in; the weights a run stores h
 in and take raw activations.
 """
 
+import functools
 import json
 import math
 import time
@@ -21,6 +22,7 @@ from sae.autoencoder import SparseAutoencoder, locate, read_config
 from sae.errors import RunError
 from sae.hooks import Hookpoint
 from sae.kernels import StepStats
+from sae.memory import MicroBatch
 from sae.planning import Plan, sparsity_of
 from sae.revival import resample
 from sae.store import folder_name, staged, write_atomic, write_manifest
@@ -119,6 +121,7 @@ class Learner:
         self.lr = 0.0
         self.refit: float = getattr(config.sae.sparsity, "refit", 0.0)
         self.variance = 0.0  # E‖y − mean y‖² of the first batch
+        self.chunk = MicroBatch(f"the step of {point}", "tokens", "lower optim.batch or sae.d_sae")
 
     def step(self, batch: Batch, done: float) -> StepStats:
         """One Adam step on raw activations; `done` is the share of the tokens trained on."""
@@ -160,13 +163,17 @@ class Learner:
         if sparsity.kind == "relu_l1":
             refitting = done >= 1 - self.refit
             l1 = 0.0 if refitting else sparsity.l1 * warmed_up(done, sparsity.l1_warmup)
-            stats = kernels.relu_l1_step(self.sae, x, y, l1, matmul_dtype=self.dtype)
+            stats = self.chunk.fit(
+                len(x),
+                lambda n: kernels.relu_l1_step(self.sae, x, y, l1, n, matmul_dtype=self.dtype),
+            )
             if refitting:
                 for parameter in (self.sae.W_enc, self.sae.b_enc, self.sae.b_dec):
                     parameter.grad = None  # Adam leaves these alone: what is active stays so
             return stats
         auxk = sparsity.auxk or self.sae.d_in // 2
-        return kernels.topk_step(
+        step = functools.partial(
+            kernels.topk_step,
             self.sae,
             x,
             y,
@@ -176,6 +183,7 @@ class Learner:
             dead=self._quietest_dead(AUXK_CANDIDATES * auxk),
             matmul_dtype=self.dtype,
         )
+        return self.chunk.fit(len(x), lambda n: step(chunk=n))
 
     def _decayed(self, done: float) -> float:
         """1 → 0 over `lr_decay` before the refit, and once more over the refit."""
@@ -198,7 +206,9 @@ class Learner:
             return
         if self.tokens_since_revival >= optim.dead_after:
             dead = self.dead
-            self.revived += resample(self.sae, self.optimizer, x, y, dead, self.generator)
+            self.revived += resample(
+                self.sae, self.optimizer, x, y, dead, self.generator, self.chunk
+            )
             self.quiet[dead] = 0
             self.tokens_since_revival = 0
 

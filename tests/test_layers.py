@@ -14,8 +14,8 @@ PACKAGE = Path(__file__).parents[1] / "sae"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 ROWS = (
-    "errors memory",
-    "config records builtin",
+    "errors",
+    "config records builtin memory",
     "store text hooks documents sparsity kernels language_model mirror",
     "autoencoder data progress",
     "activations losses revival",
