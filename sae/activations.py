@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from sae.data import TokenBatch
 from sae.errors import ConfigError, DataError, ModelError
 from sae.hooks import Hookpoint, capture
+from sae.memory import MicroBatch
 
 
 @dataclass(frozen=True)
@@ -26,20 +27,40 @@ class Batch:
     source: Int[Tensor, "batch 2"]
 
 
+def forward_passes() -> MicroBatch:
+    """How many rows `read` gives the language model at a time."""
+    return MicroBatch("the language model", "rows", "lower data.context")
+
+
 @torch.no_grad()
 def read(
-    model: PreTrainedModel, hookpoints: list[Hookpoint], tokens: TokenBatch, dtype: torch.dtype
+    model: PreTrainedModel,
+    hookpoints: list[Hookpoint],
+    tokens: TokenBatch,
+    dtype: torch.dtype,
+    passes: MicroBatch | None = None,
 ) -> tuple[dict[Hookpoint, Float[Tensor, "n d"]], Int[Tensor, "n 2"]]:
     """The activations of the kept tokens at each hookpoint, and their document and position.
 
-    The language model computes in `dtype` (autocast) and stops behind the last hookpoint.
+    The language model computes in `dtype` (autocast) and stops behind the last hookpoint. Rows that
+    do not fit into memory are split; `passes` remembers how from one call to the next.
     """
     device = next(model.parameters()).device
-    with autocast(device, dtype), capture(model, hookpoints) as acts:
-        model(tokens.tokens.to(device))
-    kept = tokens.kept.to(device)
+
+    def one_pass(rows: slice) -> dict[Hookpoint, Tensor]:
+        with autocast(device, dtype), capture(model, hookpoints) as acts:
+            model(tokens.tokens[rows].to(device))
+        kept = tokens.kept[rows].to(device)
+        return {point: acts[point][kept] for point in hookpoints}
+
+    passes = passes or forward_passes()
+    found = [acts for _, acts in passes.split(len(tokens), one_pass)]
     source = torch.stack([tokens.document[tokens.kept], tokens.position[tokens.kept]], dim=1)
-    return {point: acts[point][kept] for point in hookpoints}, source
+    return {point: _joined([acts[point] for acts in found]) for point in hookpoints}, source
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
@@ -111,6 +132,7 @@ class ActivationStream:
         self._model, self._hookpoints, self._dtype = model, hookpoints, dtype
         self._tokens, self._batch, self._pool = tokens, batch, pool
         self._generator, self._max_norm = generator, max_norm
+        self._passes = forward_passes()
         self.stop: Callable[[], bool] = lambda: False
         self.reading = Reading()
         self._order = torch.empty(0, dtype=torch.long)
@@ -249,7 +271,7 @@ class ActivationStream:
         rows = next(self._tokens, None)
         if rows is None:
             return None
-        acts, source = read(self._model, self._hookpoints, rows, self._dtype)
+        acts, source = read(self._model, self._hookpoints, rows, self._dtype, self._passes)
         ordinary = self._ordinary(acts)
         was = self.reading
         self.reading = Reading(

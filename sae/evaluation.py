@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
@@ -25,6 +25,7 @@ from sae.autoencoder import SparseAutoencoder
 from sae.data import TokenBatch
 from sae.errors import DataError, HookpointError
 from sae.hooks import Hookpoint, capture, replace, resolve, width
+from sae.memory import MicroBatch
 
 RESAMPLES = 200
 DENSE = 0.1
@@ -38,6 +39,7 @@ On the CPU 1 << 24 peaks at 670 MiB in all, 1 << 22 at 560 MiB, of which the imp
 """
 
 Swap = tuple[Hookpoint, Callable[[Float[Tensor, "n d"]], Tensor]]
+T = TypeVar("T")
 
 
 # ----------------------------------------------------------------------------------- the results
@@ -135,12 +137,15 @@ def evaluate(
     At mlp_act and mlp_out the k largest neurons stand beside it, for k = its L0, rounded, and each
     of `ks`; their cross-entropy takes a forward pass a k and is computed with `baselines`. The
     model should be fp32. `progress` hears the tokens done, n_tokens (to the full row) in all.
+    Where memory runs out, fewer rows are read at a time, and a warning says so.
 
     Raises:
         DataError: no kept token.
         HookpointError: a hookpoint does not exist or has another width than its autoencoder.
     """
     saes = {point: _ready(model, point, sae) for point, sae in sae_by_hookpoint.items()}
+    if not saes:
+        return {}
     with _as_deployed(model):
         bench = _Bench(model, list(saes), batches, n_tokens, seed, progress)
         n_neurons = sum(point is not None for point in bench.neurons.values())
@@ -281,7 +286,10 @@ class _Bench:
         self.neurons = {point: _neurons(model, point) for point in points}
         self._weights = resamples(len(self.tokens), seed)
         self._progress, self._share, self._done, self._told = progress, 0.0, 0.0, 0
-        self._step = self._rows_at_once()
+        self._passes = 0
+        self._rows = MicroBatch(
+            "the evaluation", "rows", "lower data.context", self._rows_at_once()
+        )
 
     @property
     def n_tokens(self) -> int:
@@ -299,12 +307,23 @@ class _Bench:
         """Σ top / Σ bottom over the sequences; every metric sees the same resamples."""
         return bootstrap_ratio(top, bottom, self._weights)
 
-    def chunks(self) -> Iterator[_Chunk]:
-        """All of the text, in pieces whose logits and activations fit into memory."""
+    def each(self, work: Callable[[_Chunk], T]) -> Iterator[T]:
+        """`work` on all of the text, in pieces whose logits and activations fit into memory.
+
+        A piece that does not fit is begun anew in halves, so `work` may overwrite its rows of the
+        sums, but what it adds up over pieces it must return.
+        """
         device = self.model.device
-        for start in range(0, len(self.tokens), self._step):
-            rows = slice(start, start + self._step)
-            yield _Chunk(rows, self.tokens[rows].to(device).long(), self.mask[rows].to(device))
+
+        def attempt(rows: slice) -> tuple[_Chunk, T]:
+            chunk = _Chunk(rows, self.tokens[rows].to(device).long(), self.mask[rows].to(device))
+            self._passes = 0
+            return chunk, work(chunk)
+
+        for _, (chunk, found) in self._rows.split(len(self.tokens), attempt):
+            self._done += float(self.kept[chunk.rows].sum()) * self._share * self._passes
+            self._report(min(int(self._done), self.n_tokens))
+            yield found
 
     def run(
         self, chunk: _Chunk, read: list[Hookpoint], *, swap: Swap | None = None, predict: bool
@@ -317,7 +336,7 @@ class _Bench:
             acts = stack.enter_context(capture(self.model, read, stop=not predict))
             output = self.model(chunk.tokens, **({"use_cache": False} if predict else {}))
             losses = chunk.losses(output.logits)  # not reached where the pass stops early
-        self._tell(chunk)
+        self._passes += 1
         return {point: acts[point][chunk.kept] for point in read}, losses
 
     def plan(self, passes: int) -> None:
@@ -327,10 +346,6 @@ class _Bench:
     def finish(self) -> None:
         """Report what is left of the announced work."""
         self._report(self.n_tokens)
-
-    def _tell(self, chunk: _Chunk) -> None:
-        self._done += float(self.kept[chunk.rows].sum()) * self._share
-        self._report(min(int(self._done), self.n_tokens))
 
     def _report(self, done: int) -> None:
         if self._progress is not None and done > self._told:
@@ -424,17 +439,25 @@ class _Site:
 
 def _read_sites(bench: _Bench) -> dict[Hookpoint, _Site]:
     """The exact mean of each hookpoint's activations over the evaluated tokens."""
-    sites: dict[Hookpoint, _Site] = {}
-    for chunk in bench.chunks():
+    active = {point: np.zeros(len(bench.kept)) for point in bench.everything}
+
+    def look(chunk: _Chunk) -> dict[Hookpoint, tuple[Tensor, float]]:
+        """Sum and least component of a chunk's activations."""
         acts, _ = bench.run(chunk, bench.everything, predict=False)
         for point, x in acts.items():
-            total = x.sum(0, dtype=torch.float64)
-            site = sites.setdefault(
-                point, _Site(torch.zeros_like(total), np.zeros(len(bench.kept)), math.inf)
-            )
+            active[point][chunk.rows] = chunk.by_row((x != 0).sum(1))
+        return {
+            point: (x.sum(0, dtype=torch.float64), x.min().item() if x.numel() else math.inf)
+            for point, x in acts.items()
+        }
+
+    sites: dict[Hookpoint, _Site] = {}
+    for seen in bench.each(look):
+        for point, (total, lowest) in seen.items():
+            empty = _Site(torch.zeros_like(total), active[point], math.inf)
+            site = sites.setdefault(point, empty)
             site.mean += total / bench.n_tokens
-            site.active[chunk.rows] = chunk.by_row((x != 0).sum(1))
-            site.lowest = min(site.lowest, x.min().item() if x.numel() else math.inf)
+            site.lowest = min(site.lowest, lowest)
     return sites
 
 
@@ -446,15 +469,26 @@ def _score(
     Hookpoints without an autoencoder get only what their baseline is measured against.
     """
     scores = {point: bench.sums() for point in bench.points}
-    for chunk in bench.chunks():
+    at_once = {
+        point: MicroBatch(
+            f"the SAE of {point}", "tokens", "evaluate with --device cpu", _tokens_at_once(sae)
+        )
+        for point, sae in saes.items()
+    }
+
+    def score(chunk: _Chunk) -> dict[Hookpoint, Tensor]:
+        """How often each feature fires; everything else goes to the chunk's rows of `scores`."""
         acts, clean = bench.run(chunk, bench.points, predict=bench.head)
+        fired: dict[Hookpoint, Tensor] = {}
         for point, y in acts.items():
             sums, mean = scores[point], sites[point].mean
             values: dict[str, Tensor] = {"ce_mean": mean}
             if point in saes:
                 values |= {"ce_zero": torch.zeros_like(mean)}
-                values["ce_sae"] = _reconstruct(chunk, saes[point], y.float(), sums)
-                _add_errors(chunk, sums, y, values["ce_sae"], mean)
+                recon, active, fired[point] = _reconstruct(saes[point], y.float(), at_once[point])
+                sums["active"][chunk.rows] = chunk.by_row(active)
+                _set_errors(chunk, sums, y, recon, mean)
+                values["ce_sae"] = recon
             if not bench.head:
                 continue
             sums["ce_model"][chunk.rows] = clean
@@ -462,7 +496,17 @@ def _score(
             for name, value in values.items():
                 swap = (point, partial(_constant, value))
                 sums[name][chunk.rows] = bench.run(chunk, [], swap=swap, predict=True)[1]
+        return fired
+
+    for fired in bench.each(score):
+        for point, counts in fired.items():
+            before = scores[point].fired
+            scores[point].fired = counts if before is None else before + counts
     return scores
+
+
+def _tokens_at_once(sae: SparseAutoencoder) -> int:
+    return max(1, _elements(sae.device) // sae.d_sae)
 
 
 def _constant(value: Tensor, activation: Tensor) -> Tensor:
@@ -470,24 +514,22 @@ def _constant(value: Tensor, activation: Tensor) -> Tensor:
 
 
 def _reconstruct(
-    chunk: _Chunk, sae: SparseAutoencoder, x: Float[Tensor, "n d"], sums: _Sums
-) -> Float[Tensor, "n d"]:
-    """The autoencoder's output; counts active features by token and by feature."""
-    recon, active = [], []
-    fired = torch.zeros(sae.d_sae, dtype=torch.long, device=x.device)
-    for part in x.split(max(1, _elements(x.device) // sae.d_sae)):
-        acts = sae.encode(part)
-        recon.append(sae.decode(acts))
+    sae: SparseAutoencoder, x: Float[Tensor, "n d"], at_once: MicroBatch
+) -> tuple[Float[Tensor, "n d"], Int[Tensor, " n"], Int[Tensor, " d_sae"]]:
+    """The autoencoder's output, and how many features are active by token and by feature."""
+
+    def look(tokens: slice) -> tuple[Tensor, Tensor, Tensor]:
+        acts = sae.encode(x[tokens])
         fires = acts != 0
-        active.append(fires.sum(1))
-        fired += fires.sum(0)
-    sums["active"][chunk.rows] = chunk.by_row(torch.cat(active))
-    sums.fired = fired if sums.fired is None else sums.fired + fired
-    return torch.cat(recon)
+        return sae.decode(acts), fires.sum(1), fires.sum(0)
+
+    parts = [found for _, found in at_once.split(len(x), look)]
+    recon, active, fired = zip(*parts, strict=True)
+    return torch.cat(recon), torch.cat(active), torch.stack(fired).sum(0)
 
 
-def _add_errors(chunk: _Chunk, sums: _Sums, y: Tensor, recon: Tensor, mean: Tensor) -> None:
-    """Σ‖y − ŷ‖² and Σ‖y − ȳ‖² of each sequence."""
+def _set_errors(chunk: _Chunk, sums: _Sums, y: Tensor, recon: Tensor, mean: Tensor) -> None:
+    """Σ‖y − ŷ‖² and Σ‖y − ȳ‖² of each of the chunk's sequences."""
     y = y.double()
     sums["missed"][chunk.rows] = chunk.by_row((y - recon).square().sum(1))
     sums["variation"][chunk.rows] = chunk.by_row((y - mean).square().sum(1))
@@ -515,13 +557,17 @@ def _largest_neurons(
         return ()
     mean = sites[neurons].mean
     by_k = {k: bench.sums() for k in sorted({min(k, len(mean)) for k in ks})}
-    for chunk in bench.chunks():
+
+    def compare(chunk: _Chunk) -> None:
         clean, _ = bench.run(chunk, [point], predict=False)
         for k, sums in by_k.items():
             swap = (neurons, partial(keep_largest, k=k, mean=mean))
             acts, losses = bench.run(chunk, [point], swap=swap, predict=predict)
-            _add_errors(chunk, sums, clean[point], acts[point], sites[point].mean)
+            _set_errors(chunk, sums, clean[point], acts[point], sites[point].mean)
             sums["ce"][chunk.rows] = losses
+
+    for _ in bench.each(compare):
+        pass
     return tuple(
         NeuronBaseline(
             k,

@@ -9,8 +9,13 @@ over the active (token, feature) pairs, in both orders, by `embedding_bag`:
 
 Measured on one Zen 5 core, batch 2048, 512 → 4096, bf16 products: 20 ms a dense product; 2 ms for
 the three sums of weights and 3 ms for the one of d_acts at 16 active features a token.
+
+A step works on `chunk` tokens at a time and adds up, in two passes: first every chunk's active
+features, then every chunk's gradients. So what is chosen or averaged over the batch is so however
+the batch is split. The gradients are set at the very end: a step that fails leaves none.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -23,7 +28,8 @@ from torch import Tensor, nn
 # A ReLU batch goes the sparse way when fewer of its activations than this are active. On one
 # Zen 5 core both ways take the same time at 5 % (bf16 products, batch 2048, 512 → 4096).
 SPARSE_BELOW = 0.05
-_CHUNK = 512
+_CHUNK = {"cpu": 512}
+_LARGEST_CHUNK = 8192
 _SAMPLE = 64
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -63,6 +69,17 @@ class _Active:
     feature: Int[Tensor, " active"]
     value: Float[Tensor, " active"]
 
+    def split(self, n: int, chunk: int | None) -> Iterator[tuple[slice, "_Active"]]:
+        """Those of some of the n tokens at a time, which are counted from 0 again."""
+        if chunk is None or chunk >= n:
+            yield slice(0, n), self
+            return
+        starts = torch.arange(0, n + chunk, chunk, device=self.token.device)
+        cuts = torch.searchsorted(self.token, starts).tolist()
+        for start, (a, b) in zip(range(0, n, chunk), itertools.pairwise(cuts), strict=True):
+            tokens = slice(start, min(start + chunk, n))
+            yield tokens, _Active(self.token[a:b] - start, self.feature[a:b], self.value[a:b])
+
 
 @dataclass
 class _Gradients:
@@ -96,18 +113,20 @@ def relu_l1_step(
 ) -> StepStats:
     """Set the gradients of `reconstruction + l1 · penalty` of a `ReluL1` autoencoder.
 
-    `chunk`: tokens whose activations are held at once (512 on CPU, 8192 elsewhere). `matmul_dtype`:
-    type of the large products; weights and sums stay as they are. `sparse_below`: the share of
-    active features under which the sparse way is taken (0.05 on CPU, 0 elsewhere); both give the
-    same up to rounding.
+    `chunk`: the most tokens worked on at once; what is [tokens d_sae] takes at most 512 on CPU and
+    8192 elsewhere in any case. `matmul_dtype`: type of the large products; weights and sums stay as
+    they are. `sparse_below`: the share of active features under which the sparse way is taken (0.05
+    on CPU, 0 elsewhere); both give the same up to rounding.
     """
     if sparse_below is None:
         sparse_below = SPARSE_BELOW if x.device.type == "cpu" else 0.0
+    if chunk is not None and chunk < len(x):
+        _forget_gradients(sae)
     encoder = _Encoder(sae, x, chunk, matmul_dtype)
     norms = torch.linalg.vector_norm(sae.W_dec, dim=-1)
     if sparse_below and encoder.density() < sparse_below:
         parts = [_active(pre.relu_(), start) for start, pre in encoder.chunks()]
-        return _sparse_step(sae, encoder.centred, y, _join(parts), l1, norms)
+        return _sparse_step(sae, encoder.centred, y, _join(parts), chunk, l1, norms)
     return _dense_relu_step(sae, encoder, y, l1, norms)
 
 
@@ -129,10 +148,21 @@ def topk_step(
     `auxk`: dead features used a token, 0 for none; `dead`: which features are. `chunk` and
     `matmul_dtype` as in `relu_l1_step`.
     """
+    if chunk is not None and chunk < len(x):
+        _forget_gradients(sae)
     encoder = _Encoder(sae, x, chunk, matmul_dtype)
     active = _join([_strongest(pre, k, start) for start, pre in encoder.chunks()])
     aux = _Auxk(dead, auxk, auxk_coef, encoder.dtype) if dead is not None and auxk else None
-    return _sparse_step(sae, encoder.centred, y, active, aux=aux)
+    return _sparse_step(sae, encoder.centred, y, active, chunk, aux=aux)
+
+
+def _forget_gradients(sae: Weights) -> None:
+    """Free those of the step before, so that two sets are never held.
+
+    Only where memory is short: elsewhere the system might have to map the same pages anew.
+    """
+    for weight in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec):
+        weight.grad = None
 
 
 class _Encoder:
@@ -142,7 +172,8 @@ class _Encoder:
         self, sae: Weights, x: Tensor, chunk: int | None, matmul_dtype: torch.dtype | None
     ) -> None:
         self.dtype = matmul_dtype or sae.W_enc.dtype
-        self.chunk = chunk or (_CHUNK if x.device.type == "cpu" else 8192)
+        most = _CHUNK.get(x.device.type, _LARGEST_CHUNK)
+        self.chunk = most if chunk is None else min(chunk, most)
         self.centred = x - sae.b_dec if sae.subtract_b_dec else x.to(sae.W_enc.dtype)
         self.x = self.centred.to(self.dtype)
         self.W_enc, self.b_enc = sae.W_enc.to(self.dtype), sae.b_enc.to(self.dtype)
@@ -150,14 +181,16 @@ class _Encoder:
     def pre(self, tokens: slice) -> Float[Tensor, "chunk d_sae"]:
         return (self.x[tokens] @ self.W_enc).add_(self.b_enc)  # 7 % faster than addmm on the CPU
 
-    def chunks(self) -> Iterator[tuple[int, Float[Tensor, "chunk d_sae"]]]:
-        """First token and pre-activations of each chunk."""
-        for start in range(0, len(self.x), self.chunk):
-            yield start, self.pre(slice(start, start + self.chunk))
+    def chunks(self, stop: int | None = None) -> Iterator[tuple[int, Float[Tensor, "chunk d_sae"]]]:
+        """First token and pre-activations of each chunk, of the first `stop` tokens or all."""
+        n = len(self.x) if stop is None else min(stop, len(self.x))
+        for start in range(0, n, self.chunk):
+            yield start, self.pre(slice(start, min(start + self.chunk, n)))
 
     def density(self) -> float:
         """Share of positive pre-activations among some of the tokens."""
-        return (self.pre(slice(0, _SAMPLE)).float() > 0).float().mean().item()
+        positive = sum(int((pre > 0).sum()) for _, pre in self.chunks(_SAMPLE))
+        return positive / (min(_SAMPLE, len(self.x)) * self.W_enc.shape[1])
 
 
 def _active(acts: Float[Tensor, "chunk d_sae"], first_token: int) -> _Active:
@@ -240,47 +273,66 @@ def _sparse_step(
     centred: Float[Tensor, "batch d_in"],
     y: Float[Tensor, "batch d_out"],
     active: _Active,
+    chunk: int | None,
     l1: float = 0.0,
     norms: Float[Tensor, " d_sae"] | None = None,
     aux: "_Auxk | None" = None,
 ) -> StepStats:
     """Gradients from the active (token, feature) pairs alone."""
-    n, d_sae, feature = len(y), len(sae.W_dec), active.feature
-    value = active.value.to(sae.W_dec.dtype)
-    recon, d_acts_of = _decode(sae.W_dec, active.token, feature, value, n)
-    error = recon + sae.b_dec - y
-    d_recon = error * (2 / n)
-    d_acts = d_acts_of(d_recon)
-    if norms is not None:
-        d_acts = torch.add(d_acts, norms[feature], alpha=l1 / n)
-    d_pre = torch.where(value > 0, d_acts, 0)
-    grads = _gradients(active, value, d_pre, centred, d_recon, d_sae)
+    n, d_sae = len(y), len(sae.W_dec)
+    errors: list[Tensor] = []
+    grads = None
+    for tokens, part in active.split(n, chunk):
+        value = part.value.to(sae.W_dec.dtype)
+        recon, d_acts_of = _decode(sae.W_dec, part, value, tokens.stop - tokens.start)
+        errors.append(recon + sae.b_dec - y[tokens])
+        d_recon = errors[-1] * (2 / n)
+        d_acts = d_acts_of(d_recon)
+        if norms is not None:
+            d_acts = torch.add(d_acts, norms[part.feature], alpha=l1 / n)
+        d_pre = torch.where(value > 0, d_acts, 0)
+        grads = _gradients(part, value, d_pre, centred[tokens], d_recon, d_sae, grads)
+    assert grads is not None
+    error = errors[0] if len(errors) == 1 else torch.cat(errors)
     mse = error.square().sum() / n
-    penalty = missed = value.new_zeros(())
+    penalty = missed = mse.new_zeros(())
     if norms is not None:
-        sums = _sums_by_feature(feature, value, d_sae)
+        sums = _sums_by_feature(active.feature, active.value.to(sae.W_dec.dtype), d_sae)
         penalty = _add_penalty(grads, sae.W_dec, sums, norms, l1, n)
     if aux is not None:
-        missed = aux.add(sae, centred, -error, grads)
+        missed = aux.add(sae, centred, -error, grads, chunk)
     grads.write(sae)
-    fired = torch.bincount(feature[value > 0], minlength=d_sae)
+    fired = torch.bincount(active.feature[active.value > 0], minlength=d_sae)
     loss = mse + l1 * penalty + (aux.coef * missed if aux else 0)
     return StepStats(loss, mse, penalty, missed, fired.sum() / n, fired)
 
 
 def _gradients(
-    active: _Active, value: Tensor, d_pre: Tensor, centred: Tensor, d_recon: Tensor, d_sae: int
+    active: _Active,
+    value: Tensor,
+    d_pre: Tensor,
+    centred: Tensor,
+    d_recon: Tensor,
+    d_sae: int,
+    so_far: _Gradients | None,
 ) -> _Gradients:
     """Sums over the tokens of each feature, for which the pairs are sorted by feature."""
     key = active.feature.to(torch.int16 if d_sae < 2**15 else torch.int32)  # short keys sort faster
     order = key.sort(stable=True).indices
     token, (_, starts) = active.token[order], _bags(active.feature, d_sae)
+    # One by one, so that at most one matrix is held twice.
     return _Gradients(
-        W_enc_T=_weighted_sums(centred, token, starts, d_pre[order]),
-        b_enc=_sums_by_feature(active.feature, d_pre, d_sae),
-        W_dec=_weighted_sums(d_recon, token, starts, value[order]),
-        b_dec=d_recon.sum(0),
+        W_enc_T=_plus(
+            so_far and so_far.W_enc_T, _weighted_sums(centred, token, starts, d_pre[order])
+        ),
+        b_enc=_plus(so_far and so_far.b_enc, _sums_by_feature(active.feature, d_pre, d_sae)),
+        W_dec=_plus(so_far and so_far.W_dec, _weighted_sums(d_recon, token, starts, value[order])),
+        b_dec=_plus(so_far and so_far.b_dec, d_recon.sum(0)),
     )
+
+
+def _plus(so_far: Tensor | None, more: Tensor) -> Tensor:
+    return more if so_far is None else so_far.add_(more)
 
 
 def _sums_by_feature(feature: Tensor, weight: Tensor, d_sae: int) -> Float[Tensor, " d_sae"]:
@@ -288,13 +340,13 @@ def _sums_by_feature(feature: Tensor, weight: Tensor, d_sae: int) -> Float[Tenso
 
 
 def _decode(
-    W_dec: Tensor, token: Tensor, feature: Tensor, value: Tensor, tokens: int
+    W_dec: Tensor, active: _Active, value: Tensor, tokens: int
 ) -> tuple[Float[Tensor, "batch d_out"], Callable[[Tensor], Float[Tensor, " active"]]]:
     """acts @ W_dec, and the function from its gradient to that of `value`."""
-    _, starts = _bags(token, tokens)
+    _, starts = _bags(active.token, tokens)
     with torch.enable_grad():
         value = value.detach().requires_grad_()
-        recon = _weighted_sums(W_dec.detach(), feature, starts, value)
+        recon = _weighted_sums(W_dec.detach(), active.feature, starts, value)
     return recon.detach(), lambda d_recon: torch.autograd.grad(recon, value, d_recon)[0]
 
 
@@ -355,23 +407,35 @@ class _Auxk:
     coef: float
     dtype: torch.dtype
 
-    def add(self, sae: Weights, centred: Tensor, residual: Tensor, grads: _Gradients) -> Tensor:
+    def add(
+        self,
+        sae: Weights,
+        centred: Float[Tensor, "batch d_in"],
+        residual: Float[Tensor, "batch d_out"],
+        grads: _Gradients,
+        chunk: int | None,
+    ) -> Float[Tensor, ""]:
         """Add its gradients, times `coef`, to `grads`; the loss without `coef`."""
         index = self.dead.nonzero().view(-1)
         if len(index) == 0:
             return residual.new_zeros(())
-        x, W_dec = centred.to(self.dtype), sae.W_dec[index].to(self.dtype)
-        pre = torch.addmm(sae.b_enc[index].to(self.dtype), x, sae.W_enc[:, index].to(self.dtype))
-        acts = self._acts(pre)
-        missed = (acts @ W_dec).to(residual.dtype) - residual
+        weights = (sae.W_enc[:, index], sae.b_enc[index], sae.W_dec[index])
+        W_enc, b_enc, W_dec = (weight.to(self.dtype) for weight in weights)
         variation = (residual - residual.mean(0)).square().sum()
         scale = torch.where(variation > 0, 1 / variation, 0)
-        d_recon = (missed * (2 * self.coef * scale)).to(self.dtype)
-        d_pre = torch.ops.aten.threshold_backward(d_recon @ W_dec.T, acts, 0)
-        grads.W_dec.index_add_(0, index, (acts.T @ d_recon).to(residual.dtype))
-        grads.W_enc_T.index_add_(0, index, (d_pre.T @ x).to(residual.dtype))
-        grads.b_enc.index_add_(0, index, d_pre.sum(0, dtype=residual.dtype))
-        return missed.square().sum() * scale
+        squares = residual.new_zeros(())
+        for start in range(0, len(residual), chunk or len(residual)):
+            tokens = slice(start, start + chunk if chunk else None)
+            x = centred[tokens].to(self.dtype)
+            acts = self._acts(torch.addmm(b_enc, x, W_enc))
+            missed = (acts @ W_dec).to(residual.dtype) - residual[tokens]
+            squares += missed.square().sum()
+            d_recon = (missed * (2 * self.coef * scale)).to(self.dtype)
+            d_pre = torch.ops.aten.threshold_backward(d_recon @ W_dec.T, acts, 0)
+            grads.W_dec.index_add_(0, index, (acts.T @ d_recon).to(residual.dtype))
+            grads.W_enc_T.index_add_(0, index, (d_pre.T @ x).to(residual.dtype))
+            grads.b_enc.index_add_(0, index, d_pre.sum(0, dtype=residual.dtype))
+        return squares * scale
 
     def _acts(self, pre: Float[Tensor, "batch dead"]) -> Float[Tensor, "batch dead"]:
         if self.k >= pre.shape[1]:

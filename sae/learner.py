@@ -1,6 +1,7 @@
 """One SAE in training: unfolded weights, Adam, schedules, and how long each feature is quiet."""
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from sae.activations import Batch, Statistics
 from sae.autoencoder import SparseAutoencoder, locate, read_config
 from sae.hooks import Hookpoint
 from sae.kernels import StepStats
+from sae.memory import MicroBatch
 from sae.planning import Plan, sparsity_of
 from sae.revival import resample
 
@@ -40,6 +42,7 @@ class Learner:
         self.revived = 0
         self.variance = 0.0  # E‖y − mean y‖² of the first batch
         self.refit: float = getattr(config.sae.sparsity, "refit", 0.0)
+        self.chunk = MicroBatch("the SAE's step", "tokens", "lower optim.batch or sae.d_sae")
         self.lr = 0.0
         self.norm = torch.zeros(())
 
@@ -139,13 +142,17 @@ class Learner:
         if sparsity.kind == "relu_l1":
             refitting = done >= 1 - self.refit
             l1 = 0.0 if refitting else sparsity.l1 * warmed_up(done, sparsity.l1_warmup)
-            stats = kernels.relu_l1_step(self.sae, x, y, l1, matmul_dtype=self.dtype)
+            stats = self.chunk.fit(
+                len(x),
+                lambda n: kernels.relu_l1_step(self.sae, x, y, l1, n, matmul_dtype=self.dtype),
+            )
             if refitting:
                 for parameter in (self.sae.W_enc, self.sae.b_enc, self.sae.b_dec):
                     parameter.grad = None  # Adam leaves these alone: what is active stays so
             return stats
         auxk = sparsity.auxk or self.sae.d_in // 2
-        return kernels.topk_step(
+        step = partial(
+            kernels.topk_step,
             self.sae,
             x,
             y,
@@ -155,6 +162,7 @@ class Learner:
             dead=self._quietest_dead(AUXK_CANDIDATES * auxk),
             matmul_dtype=self.dtype,
         )
+        return self.chunk.fit(len(x), lambda n: step(chunk=n))
 
     def _variance(self, batch: Batch) -> float:
         """Mean over the batch of ‖y − mean y‖², scaled."""
@@ -183,7 +191,7 @@ class Learner:
         if self.tokens_since_revival >= optim.dead_after:
             x, y = batch.x.float() * self.scale, batch.y.float() * self.scale
             dead = self._quietest_dead(len(x))
-            moved = resample(self.sae, self.optimizer, x, y, dead, self.generator)
+            moved = resample(self.sae, self.optimizer, x, y, dead, self.generator, self.chunk)
             self.revived += int(moved.sum())
             self.quiet[moved] = 0
             self.tokens_since_revival = 0

@@ -19,6 +19,7 @@ from sae.data import TokenSource, open_source
 from sae.errors import ConfigError, DataError, RunError, SAEError
 from sae.hooks import Hookpoint, resolve, width
 from sae.language_model import LanguageModel
+from sae.memory import MicroBatch
 from sae.sparsity import Sparsity, make_sparsity
 from sae.store import LOCK, versions
 
@@ -170,13 +171,17 @@ def _step_seconds(plan: Plan, point: Hookpoint) -> float:
         active = min(len(x[:64]) * TYPICAL_L0, len(pre))
         sae.b_enc.sub_(pre.topk(active).values[-1])
     adam = torch.optim.Adam(sae.parameters(), fused=True)
+    chunk = MicroBatch(f"the step of {point}", "tokens", "lower optim.batch or sae.d_sae")
 
-    def step() -> None:
+    def gradients(n: int) -> None:
         sparsity = config.sae.sparsity
         if sparsity.kind == "topk":
-            kernels.topk_step(sae, x, x, sparsity.k, matmul_dtype=plan.dtype)
+            kernels.topk_step(sae, x, x, sparsity.k, n, matmul_dtype=plan.dtype)
         else:
-            kernels.relu_l1_step(sae, x, x, sparsity.l1, matmul_dtype=plan.dtype)
+            kernels.relu_l1_step(sae, x, x, sparsity.l1, n, matmul_dtype=plan.dtype)
+
+    def step() -> None:
+        chunk.fit(len(x), gradients)
         torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
         adam.step()
 

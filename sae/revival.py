@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae.autoencoder import SparseAutoencoder
+from sae.memory import MicroBatch
 
 ENCODER_SHARE = 0.2
 """A revived feature's encoder norm, as a share of the living ones' mean."""
@@ -21,6 +22,7 @@ def resample(
     y: Float[Tensor, "batch d_out"],
     dead: Bool[Tensor, " d_sae"],
     generator: torch.Generator,
+    tokens: MicroBatch | None = None,
 ) -> Bool[Tensor, " d_sae"]:
     """Point dead features at what the others reconstruct worst; returns which were moved.
 
@@ -30,8 +32,11 @@ def resample(
     becomes the direction of its token's residual (Bricken et al. 2023 take the token itself; the
     residual leaves out what other features already say) at the living rows' mean norm, its encoder
     column the same direction at ENCODER_SHARE of theirs, its bias 0, and Adam forgets its past.
+    `tokens`: how many are encoded at a time.
     """
-    residual = y - sae(x).recon
+    tokens = tokens or MicroBatch("resampling", "tokens", "lower optim.batch or sae.d_sae")
+    parts = tokens.split(len(x), lambda rows: y[rows] - sae(x[rows]).recon)
+    residual = torch.cat([part for _, part in parts])
     weights = residual.square().sum(1).square()
     index = dead.nonzero().squeeze(1)[: int((weights > 0).sum())]
     moved = torch.zeros_like(dead)

@@ -307,6 +307,11 @@ def test_model_and_autoencoder_stay_as_they_were():
     assert result == run(model.eval(), ACT, sae, ks=[2], baselines=True)
 
 
+@pytest.mark.parametrize("model", [gpt2(), bert()], ids=["gpt2", "bert"])
+def test_no_autoencoder_is_no_work(model: PreTrainedModel):
+    assert evaluate(model, {}, [text()], n_tokens=10, baselines=True) == {}
+
+
 def test_mistakes_are_named():
     model = gpt2()
     with pytest.raises(HookpointError, match=r"width 24.*reads 16"):

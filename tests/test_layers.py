@@ -14,8 +14,8 @@ PACKAGE = Path(__file__).parents[1] / "sae"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 ROWS = (
-    "errors memory stopping",
-    "untrusted",
+    "errors stopping",
+    "untrusted memory",
     "config builtin",
     "store text hooks documents sparsity kernels language_model mirror",
     "fingerprint data progress records checkpoint",
