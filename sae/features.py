@@ -3,14 +3,16 @@
 The model reads the text once. Activations above 0 are set down on disk as they come, in blocks of
 features; then each block is small enough to hold, and everything about a feature (statistics,
 histogram, examples) is exact, because all the tokens on which it fires are at hand. Memory holds
-one chunk of activations and one block at a time, never the [tokens d_sae] matrix.
+one chunk of activations and one block at a time, never the [tokens d_sae] matrix: beside the
+model's and the SAEs' own weights it takes at most `ScanSettings.memory`, 1 GB, whatever d_sae is,
+and some 150 bytes for every scanned token. scripts/measure_scan_memory.py measures it.
 """
 
 import contextlib
 import itertools
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +26,24 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from sae import hooks
-from sae.activations import read
+from sae.activations import forward_passes, read
 from sae.autoencoder import SparseAutoencoder
 from sae.data import TokenBatch
 from sae.errors import DataError, ModelError
 from sae.formats.card import write_card
 from sae.hooks import Hookpoint
+from sae.memory import MicroBatch
 from sae.records import EXAMPLES_SCHEMA, FEATURES_SCHEMA, INTERVALS
 from sae.store import WEIGHTS, sha256, staged
 from sae.text import TokenPieces
 
 BEFORE, AFTER = 10, 5
 """Tokens around the mark that are kept as text, and that make two examples duplicates."""
+FEATURES_AT_ONCE = 64
+"""Rows of the tables that are Python objects at a time, 100 to 200 kB each."""
+COLUMNS_AT_ONCE = 4096
+"""Columns of a matrix that is not fp32 that are converted at a time."""
+TRY_CPU = "use --device cpu, or a machine with more memory"
 
 _ADDED = frozenset({"mlp_act", "mlp_out", "attn_out", "resid_pre", "resid_post"})
 """Sites whose vectors reach the logits along the residual stream."""
@@ -54,10 +62,22 @@ class ScanSettings:
     listed: int = 10
     """Length of the lists of tokens, neurons and neighbours."""
     seed: int = 0
-    chunk_bytes: int = 1 << 26
-    """The largest matrix of activations or logits made at once."""
+    memory: int = 10**9
+    """Bytes for the scan, beside the weights of the model and the SAEs and the text itself.
+
+    Less is slower. On a GPU the same again may be used on the device.
+    """
     blocks: int = 64
     """Parts that the features are divided in while their activations lie on disk."""
+
+    @property
+    def chunk_bytes(self) -> int:
+        """The largest matrix of activations or logits made at once.
+
+        One that is all active has six times its size in (feature, token, value) entries, and
+        sorting and copying those takes several times more.
+        """
+        return self.memory // 64
 
 
 def scan(
@@ -76,8 +96,9 @@ def scan(
 
     `saes` maps hookpoint → folder that holds sae.safetensors; `source` (model, revision, data
     fingerprint) joins the manifest; the model computes in `dtype`; `progress` hears the tokens of
-    each batch. Returns hookpoint → features folder. Raises DataError without text, ModelError on
-    activations that are not finite.
+    each batch. Returns hookpoint → features folder. Where memory runs out all the same, fewer rows,
+    tokens or features are taken at a time, and a warning says so. Raises DataError without text,
+    ModelError on activations that are not finite.
     """
     settings = settings or ScanSettings()
     with contextlib.ExitStack() as stack:
@@ -113,14 +134,21 @@ def prompt_features(
     rows = TokenBatch(torch.tensor([ids]), where * 0, where, torch.tensor([kept]))
     point = Hookpoint.parse(hookpoint)
     with _evaluating(model):
-        x = read(model, [point], rows, torch.float32)[0][point]
-    values, features = sae.encode(x.to(sae.dtype)).float().topk(min(k, sae.d_sae), dim=1)
-    strongest = iter(zip(features.tolist(), values.tolist(), strict=True))
+        x = read(model, [point], rows, torch.float32)[0][point].to(sae.dtype)
+    most = _tokens_at_once(sae, ScanSettings())
+    chunk = MicroBatch(f"the SAE of {hookpoint}", "tokens", TRY_CPU, most)
+    count = min(k, sae.d_sae)
+    tops = (top for _, top in chunk.split(len(x), lambda t: sae.encode(x[t]).float().topk(count)))
+    strongest = (pair for v, f in tops for pair in zip(f.tolist(), v.tolist(), strict=True))
     found = []
     for piece, keep in zip(TokenPieces(tokenizer).pieces(ids), kept, strict=True):
         pairs = zip(*next(strongest), strict=True) if keep else ()
         found.append((piece, [(feature, act) for feature, act in pairs if act > 0]))
     return found
+
+
+def _tokens_at_once(sae: SparseAutoencoder, settings: ScanSettings) -> int:
+    return max(1, settings.chunk_bytes // (4 * sae.d_sae))
 
 
 @contextlib.contextmanager
@@ -155,14 +183,14 @@ def _read(
 ) -> TokenBatch:
     """The streaming pass: every SAE's activations above 0 to its spill; returns the rows read."""
     rows: list[TokenBatch] = []
-    first = 0
+    first, passes = 0, forward_passes()
     with _evaluating(model):
         for batch in batches:
-            acts, _ = read(model, [spill.hookpoint for spill in spills], batch, dtype)
+            acts, _ = read(model, [spill.hookpoint for spill in spills], batch, dtype, passes)
             numbers = first + batch.kept.flatten().nonzero().squeeze(1)
             for spill in spills:
                 spill.add(acts[spill.hookpoint], numbers)
-            rows.append(batch)
+            rows.append(replace(batch, latents=None))
             first += batch.tokens.numel()
             if progress is not None:
                 progress(len(numbers))
@@ -180,29 +208,37 @@ class _Spill:
         self, folder: Path, hookpoint: Hookpoint, sae: SparseAutoencoder, settings: ScanSettings
     ) -> None:
         self.folder, self.hookpoint, self.sae = folder, hookpoint, sae
-        self.chunk = max(1, settings.chunk_bytes // (4 * sae.d_sae))
+        most = _tokens_at_once(sae, settings)
+        self.chunk = MicroBatch(f"the SAE of {hookpoint}", "tokens", TRY_CPU, most)
+        self.entries_at_once = max(1, settings.memory // 16 // self.ENTRY.itemsize)
         width = -(-sae.d_sae // settings.blocks)
         self.starts = list(range(0, sae.d_sae, width))
         self.blocks = [(a, min(a + width, sae.d_sae)) for a in self.starts]
+        self.fired = np.zeros(sae.d_sae, np.int64)
 
     def add(self, x: Float[Tensor, "n d_in"], numbers: Int[Tensor, " n"]) -> None:
         """Encode and set down; `numbers` are the tokens' places in the scan, ascending."""
-        for part, number in zip(x.split(self.chunk), numbers.split(self.chunk), strict=True):
-            acts = self.sae.encode(part.to(self.sae.dtype)).float()
-            if not acts.sum().isfinite():
-                raise ModelError(
-                    f"{self.hookpoint}: the activations are not finite; "
-                    "load the model with --model.dtype float32"
-                )
-            # By feature, then token: transposing the mask is cheaper than the activations.
-            feature, token = (acts > 0).T.contiguous().nonzero(as_tuple=True)
-            entries = np.empty(len(feature), self.ENTRY)
-            entries["feature"] = feature.cpu().numpy()
-            entries["token"] = number[token.cpu()].numpy()
-            entries["value"] = acts[token, feature].cpu().numpy()
+        for _, entries in self.chunk.split(len(x), lambda t: self._entries(x[t], numbers[t])):
             self._append(entries)
 
+    def _entries(self, x: Float[Tensor, "n d_in"], numbers: Int[Tensor, " n"]) -> ndarray:
+        """What fires, by feature, then token."""
+        acts = self.sae.encode(x.to(self.sae.dtype)).float()
+        if not acts.sum().isfinite():
+            raise ModelError(
+                f"{self.hookpoint}: the activations are not finite; "
+                "load the model with --model.dtype float32"
+            )
+        # Transposing the mask is cheaper than the activations.
+        feature, token = (acts > 0).T.contiguous().nonzero(as_tuple=True)
+        entries = np.empty(len(feature), self.ENTRY)
+        entries["feature"] = feature.cpu().numpy()
+        entries["token"] = numbers[token.cpu()].numpy()
+        entries["value"] = acts[token, feature].cpu().numpy()
+        return entries
+
     def _append(self, entries: ndarray) -> None:
+        self.fired += np.bincount(entries["feature"], minlength=len(self.fired))
         cuts = np.searchsorted(entries["feature"], [*self.starts, self.sae.d_sae])
         for block, (a, b) in enumerate(itertools.pairwise(cuts)):
             if b > a:
@@ -211,14 +247,34 @@ class _Spill:
 
     def firings(self, block: int) -> "Iterator[tuple[int, _Firings]]":
         """Every feature of a block, those that never fire too, with all its activations."""
-        start, stop = self.blocks[block]
-        file = self.folder / str(block)
-        entries = np.fromfile(file, self.ENTRY) if file.exists() else np.empty(0, self.ENTRY)
-        entries = entries[np.argsort(entries["feature"], kind="stable")]
-        cuts = np.searchsorted(entries["feature"], range(start, stop + 1))
+        for start, stop in self._affordable(*self.blocks[block]):
+            entries = self._load(block, start, stop)
+            entries = entries[np.argsort(entries["feature"], kind="stable")]
+            cuts = np.searchsorted(entries["feature"], range(start, stop + 1))
+            for feature in range(start, stop):
+                own = entries[cuts[feature - start] : cuts[feature - start + 1]]
+                yield feature, _Firings(own["token"].copy(), own["value"].copy())
+
+    def _affordable(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Features `start` to `stop` in runs of few enough entries: one, unless they are dense."""
+        first, held = start, 0
         for feature in range(start, stop):
-            own = entries[cuts[feature - start] : cuts[feature - start + 1]]
-            yield feature, _Firings(own["token"].copy(), own["value"].copy())
+            if held and held + self.fired[feature] > self.entries_at_once:
+                yield first, feature
+                first, held = feature, 0
+            held += self.fired[feature]
+        yield first, stop
+
+    def _load(self, block: int, start: int, stop: int) -> ndarray:
+        """The entries of features `start` to `stop` from their block's file."""
+        file, parts = self.folder / str(block), [np.empty(0, self.ENTRY)]
+        if not file.exists():
+            return parts[0]
+        with file.open("rb") as opened:
+            while len(part := np.fromfile(opened, self.ENTRY, self.entries_at_once)):
+                inside = (part["feature"] >= start) & (part["feature"] < stop)
+                parts.append(part if inside.all() else part[inside])
+        return parts[1] if len(parts) == 2 else np.concatenate(parts)
 
 
 class _Text:
@@ -377,46 +433,54 @@ class _Effects:
         settings: ScanSettings,
     ) -> None:
         self.pieces, self.settings = pieces, settings
-        self.W_enc, self.W_dec = sae.W_enc.detach().float(), sae.W_dec.detach().float()
-        self.directions = torch.nn.functional.normalize(self.W_dec, dim=1)
+        self.W_enc, self.W_dec = sae.W_enc.detach(), sae.W_dec.detach()
+        self.norms = torch.linalg.vector_norm(self.W_dec, dim=1, dtype=torch.float32)
+        self.norms.clamp_min_(1e-12)  # a feature without a direction has cosine 0 with all
         self.at_neurons = hookpoint.site == "mlp_act"
         self.writer = _writer(model, hookpoint, pieces.n_ids)
         self.reader = _reader(model, hookpoint, pieces.n_ids)
         widths = [len(self.W_dec), *(pieces.n_ids for m in (self.writer, self.reader) if m)]
-        self.step = max(1, settings.chunk_bytes // (4 * max(widths)))
+        most = min(FEATURES_AT_ONCE, max(1, settings.chunk_bytes // (4 * max(widths))))
+        self.chunk = MicroBatch("what features write and read", "features", TRY_CPU, most)
 
     @torch.no_grad()
     def columns(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
         """The weight columns of features.parquet for features `start` to `stop`, one by one."""
-        for a in range(start, stop, self.step):
-            part = slice(a, min(a + self.step, stop))
+
+        def look(part: slice) -> dict[str, list[Any]]:
+            part = slice(start + part.start, start + part.stop)
             columns = self._writes(part) | self._reads(part) | self._neurons(part)
-            columns["neighbours"] = self._neighbours(part)
-            for i in range(part.stop - a):
+            return columns | {"neighbours": self._neighbours(part)}
+
+        for part, columns in self.chunk.split(stop - start, look):
+            for i in range(part.stop - part.start):
                 yield {name: column[i] for name, column in columns.items()}
 
     def _writes(self, part: slice) -> dict[str, list[Any]]:
         if self.writer is None:
             return {}
-        to_residual, to_logits = self.writer
-        logits = self.W_dec[part] @ to_residual @ to_logits
+        to_norm, W_U, mean = self.writer
+        written = self.W_dec[part].float() @ to_norm
+        logits = _product(written, W_U).sub_((written @ mean)[:, None])
         return {
             "writes": self._strongest(logits),
-            "suppresses": self._strongest(-logits, sign=-1),
+            "suppresses": self._strongest(logits, largest=False),
             "logit_histogram": _histograms(logits, self.settings.bins),
         }
 
     def _reads(self, part: slice) -> dict[str, list[Any]]:
         if self.reader is None:
             return {}
-        embedding, to_site = self.reader
-        return {"reads": self._strongest((embedding @ (to_site @ self.W_enc[:, part])).T)}
+        W_E, to_site = self.reader
+        return {
+            "reads": self._strongest(_product((to_site @ self.W_enc[:, part].float()).T, W_E.T))
+        }
 
     def _neurons(self, part: slice) -> dict[str, list[Any]]:
         """Participation is None for a feature without a decoder direction."""
         if not self.at_neurons:
             return {}
-        weights = self.W_dec[part]
+        weights = self.W_dec[part].float()
         order = weights.abs().topk(min(self.settings.listed, weights.shape[1]), dim=1).indices
         squares = weights.double().square()
         effective = squares.sum(1).square() / squares.square().sum(1)
@@ -427,17 +491,30 @@ class _Effects:
         }
 
     def _neighbours(self, part: slice) -> list[Any]:
-        cosines = self.directions[part] @ self.directions.T
+        directions = self.W_dec[part].float() / self.norms[part, None]
+        cosines = _product(directions, self.W_dec.T).div_(self.norms)
         own = torch.arange(part.start, part.stop, device=cosines.device)
         cosines[own - part.start, own] = -torch.inf
         values, features = cosines.topk(min(self.settings.listed, len(self.W_dec) - 1), dim=1)
         found = zip(features.tolist(), values.tolist(), strict=True)
         return [_pairs("feature", ids, cosines) for ids, cosines in found]
 
-    def _strongest(self, scores: Float[Tensor, "n vocab"], sign: int = 1) -> list[Any]:
-        values, ids = scores.topk(min(self.settings.listed, scores.shape[1]), dim=1)
-        rows = zip(ids.tolist(), (sign * values).tolist(), strict=True)
+    def _strongest(self, scores: Float[Tensor, "n vocab"], largest: bool = True) -> list[Any]:
+        listed = min(self.settings.listed, scores.shape[1])
+        values, ids = scores.topk(listed, dim=1, largest=largest)
+        rows = zip(ids.tolist(), values.tolist(), strict=True)
         return [_token_values(self.pieces, *row) for row in rows]
+
+
+def _product(rows: Float[Tensor, "n d"], matrix: Tensor) -> Float[Tensor, "n m"]:
+    """rows @ matrix in fp32; a matrix of another type is converted a few columns at a time."""
+    if matrix.dtype == torch.float32:
+        return rows @ matrix
+    found = rows.new_empty(len(rows), matrix.shape[1])
+    parts = (tensor.split(COLUMNS_AT_ONCE, dim=1) for tensor in (matrix, found))
+    for columns, out in zip(*parts, strict=True):
+        out.copy_(rows @ columns.float())
+    return found
 
 
 def _pairs(name: str, ids: list[int], values: list[float]) -> list[dict[str, Any]]:
@@ -451,30 +528,30 @@ def _histograms(scores: Float[Tensor, "n vocab"], bins: int) -> list[dict[str, A
     edges[:, -1:] = high
     where = (torch.searchsorted(edges, scores.contiguous()) - 1).clamp_min(0)
     counts = torch.zeros(len(scores), bins, dtype=torch.long, device=scores.device)
-    counts.scatter_add_(1, where, torch.ones_like(where))
+    counts.scatter_add_(1, where, where.new_ones(()).expand_as(where))
     rows = zip(edges.tolist(), counts.tolist(), (high > low).flatten().tolist(), strict=True)
     return [{"edges": e, "counts": c} if spread else None for e, c, spread in rows]
 
 
 def _writer(
     model: Any, hookpoint: Hookpoint, n_vocab: int
-) -> tuple[Float[Tensor, "d_out d_model"], Float[Tensor, "d_model vocab"]] | None:
-    """Decoder space → residual stream → logits; None where no matrix leads there."""
+) -> tuple[Float[Tensor, "d_out d_model"], Tensor, Float[Tensor, " d_model"]] | None:
+    """Decoder space → final norm, its gain applied; W_U; W_U's mean. None where nothing leads."""
     head = hooks.unembedding(model)
     if head is None or hookpoint.site not in _ADDED:
         return None
     W_U, gain = head
-    to_logits = gain.to(W_U.device)[:, None] * W_U[:, :n_vocab].float()
-    to_logits -= to_logits.mean(1, keepdim=True)
+    W_U, gain = W_U[:, :n_vocab], gain.to(W_U.device)
+    mean = W_U.mean(1, dtype=torch.float32)
     if hookpoint.site != "mlp_act":
-        return torch.eye(len(gain), device=W_U.device), to_logits
+        return torch.diag(gain), W_U, mean
     weights = hooks.mlp_weights(model, hookpoint.layer or 0)
     if weights is None:
         return None
     to_residual = weights.W_down.float().T
     if weights.post_gain is not None:
         to_residual = to_residual * weights.post_gain.to(to_residual)
-    return to_residual, to_logits
+    return to_residual * gain, W_U, mean
 
 
 def _reader(
@@ -484,7 +561,7 @@ def _reader(
     site, W_E = hookpoint.site, hooks.embedding(model)
     if site not in _READING or W_E is None:
         return None
-    W_E = W_E[:n_vocab].float()
+    W_E = W_E[:n_vocab]
     to_site = torch.eye(W_E.shape[1], device=W_E.device)
     if site in ("resid_pre", "resid_post"):
         return W_E, to_site
@@ -526,21 +603,55 @@ def _write(
 def _write_tables(
     folder: Path, spill: _Spill, effects: _Effects, text: _Text, settings: ScanSettings
 ) -> None:
-    """Block after block: statistics and weights to features.parquet, picks to examples.parquet."""
+    """Few features at a time: statistics and weights to features.parquet, picks to examples.
+
+    A row group is at most a block of features, and at most some megabytes.
+    """
+    most = settings.memory // 256
     with (
-        pq.ParquetWriter(folder / "features.parquet", FEATURES_SCHEMA) as features,
-        pq.ParquetWriter(folder / "examples.parquet", EXAMPLES_SCHEMA) as examples,
+        _TableFile(folder / "features.parquet", FEATURES_SCHEMA, most) as features,
+        _TableFile(folder / "examples.parquet", EXAMPLES_SCHEMA, most) as examples,
     ):
         for block, (start, stop) in enumerate(spill.blocks):
-            rows, picks = [], _Examples(text)
             weights = effects.columns(start, stop)
+            rows, picks = [], _Examples(text)
             for (feature, firings), row in zip(spill.firings(block), weights, strict=True):
                 rows.append({"feature": feature, **firings.statistics(text, settings), **row})
                 random = np.random.default_rng([settings.seed, feature])
                 for pick in firings.examples(text, settings, random):
                     picks.add(feature, firings, pick)
-            features.write_table(pa.Table.from_pylist(rows, FEATURES_SCHEMA))
-            examples.write_table(picks.table())
+                if len(rows) == FEATURES_AT_ONCE or feature == stop - 1:
+                    features.add(pa.Table.from_pylist(rows, FEATURES_SCHEMA))
+                    examples.add(picks.table())
+                    rows, picks = [], _Examples(text)
+            features.flush()
+            examples.flush()
+
+
+class _TableFile:
+    """A Parquet file that gathers tables into row groups of at most about `most` bytes."""
+
+    def __init__(self, file: Path, schema: pa.Schema, most: int) -> None:
+        self._writer, self._most = pq.ParquetWriter(file, schema), most
+        self._tables: list[pa.Table] = []
+
+    def __enter__(self) -> "_TableFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.close()
+
+    def add(self, table: pa.Table) -> None:
+        """Keep it for the row group; write that once it is large."""
+        self._tables.append(table)
+        if sum(table.nbytes for table in self._tables) >= self._most:
+            self.flush()
+
+    def flush(self) -> None:
+        """End the row group."""
+        if self._tables:
+            self._writer.write_table(pa.concat_tables(self._tables))
+        self._tables = []
 
 
 class _Examples:

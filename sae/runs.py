@@ -12,7 +12,7 @@ from sae.config import TrainConfig
 from sae.data import TokenBatch
 from sae.errors import RunError
 from sae.evaluation import Evaluation, evaluate
-from sae.features import prompt_features, scan
+from sae.features import ScanSettings, prompt_features, scan
 from sae.hooks import Hookpoint
 from sae.planning import Inputs, open_inputs, pick_device, pick_dtype
 from sae.store import Run
@@ -91,7 +91,11 @@ def evaluate_run(
 
 
 def scan_run(
-    opened: OpenRun, *, n_tokens: int, progress: Progress | None = None
+    opened: OpenRun,
+    *,
+    n_tokens: int,
+    scan_settings: ScanSettings | None = None,
+    progress: Progress | None = None,
 ) -> dict[Hookpoint, Path]:
     """Scan training text and write the feature dictionary of every opened SAE."""
     written = scan(
@@ -101,6 +105,7 @@ def scan_run(
         opened.rows(heldout=False),
         n_tokens,
         source=_origin(opened),
+        settings=scan_settings,
         dtype=pick_dtype(opened.config.model.dtype, opened.inputs.device),
         progress=progress,
     )
