@@ -77,7 +77,7 @@ class ScanSettings:
         One that is all active has six times its size in (feature, token, value) entries, and
         sorting and copying those takes several times more.
         """
-        return self.memory // 32
+        return self.memory // 64
 
 
 def scan(

@@ -124,6 +124,6 @@ def planted(run: Path, settings: ScanSettings | None = None) -> Planted:
     write_manifest(folder, SOURCE)
     write_atomic(run / "config.yaml", "seed: 0\n")
     batches = [text[i : i + 7] for i in range(0, ROWS, 7)]
-    settings = settings or ScanSettings(memory=32 * 50 * 4 * D_SAE, blocks=4)
+    settings = settings or ScanSettings(memory=64 * 50 * 4 * D_SAE, blocks=4)
     scan(model, tokenizer, {SITE: folder}, batches, 10**9, source=SOURCE, settings=settings)
     return Planted(model, tokenizer, sae, text, folder)

@@ -184,7 +184,7 @@ def test_the_result_does_not_depend_on_batches_chunks_or_blocks(
     made: Planted, tmp_path: Path, batch: int
 ) -> None:
     made.sae.save_pretrained(tmp_path)
-    settings = ScanSettings(memory=1 << 25 if batch == 1 else 32 * 4 * D_SAE * 9, blocks=batch)
+    settings = ScanSettings(memory=1 << 25 if batch == 1 else 64 * 4 * D_SAE * 9, blocks=batch)
     batches = [made.rows[i : i + batch] for i in range(0, ROWS, batch)]
     scan(
         made.model,
@@ -208,7 +208,7 @@ def test_two_saes_in_one_pass_are_as_each_alone(made: Planted, tmp_path: Path) -
     resid.save_pretrained(two)
     sites = {SITE: one, "layers.0.resid_post": two}
     batches = [made.rows[i : i + 7] for i in range(0, ROWS, 7)]
-    settings = ScanSettings(memory=32 * 50 * 4 * D_SAE, blocks=4)
+    settings = ScanSettings(memory=64 * 50 * 4 * D_SAE, blocks=4)
     written = scan(
         made.model, made.tokenizer, sites, batches, 10**9, source=SOURCE, settings=settings
     )
@@ -231,7 +231,7 @@ def test_only_a_chunk_of_activations_is_ever_made(
 
     monkeypatch.setattr(SparseAutoencoder, "encode", watched)
     made.sae.save_pretrained(tmp_path)
-    settings = ScanSettings(memory=32 * 4 * D_SAE * 17)
+    settings = ScanSettings(memory=64 * 4 * D_SAE * 17)
     scan(
         made.model, made.tokenizer, {SITE: tmp_path}, [made.rows], 10**9, source=SOURCE,
         settings=settings,
@@ -295,7 +295,7 @@ def test_dropout_is_off_during_the_scan(made: Planted, tmp_path: Path) -> None:
 
 def effects(model: Any, tokenizer: Any, site: str, sae: SparseAutoencoder) -> list[dict[str, Any]]:
     pieces = module.TokenPieces(tokenizer)
-    settings = ScanSettings(memory=32 * 4 * D_SAE * 11)
+    settings = ScanSettings(memory=64 * 4 * D_SAE * 11)
     found = module._Effects(model, Hookpoint.parse(site), sae, pieces, settings)
     return list(found.columns(0, sae.d_sae))
 

@@ -378,7 +378,7 @@ def test_no_tensor_of_a_scan_grows_with_the_dictionary(
     Resident memory takes a process and minutes: scripts/measure_scan_memory.py.
     """
     monkeypatch.setattr(features, "COLUMNS_AT_ONCE", 256)
-    d_sae, settings = 2048, ScanSettings(memory=32 * 2**16, top=1, per_interval=1, random=0)
+    d_sae, settings = 2048, ScanSettings(memory=64 * 2**16, top=1, per_interval=1, random=0)
     SparseAutoencoder(24, d_sae, TopK(2), dtype=dtype).save_pretrained(tmp_path)
     with Largest() as largest:
         scan(
