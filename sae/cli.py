@@ -504,12 +504,13 @@ def _plain(value: object) -> str:
 
 
 def _quiet_libraries() -> None:
-    """No progress bars and notices of transformers and datasets between our own lines."""
+    """No progress bars and notices of other libraries between our own lines."""
     import datasets
+    import huggingface_hub
     import transformers
 
+    huggingface_hub.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from sae import builtin
 from sae.builtin.document import Document
 from sae.config import DataConfig
 from sae.errors import DataError, suggest
+from sae.hub import cache_only_if_silent
 
 IN_MEMORY_BYTES = 1 << 26
 """Data up to this size is tokenised once, before the start, and kept; larger data is streamed."""
@@ -190,10 +192,14 @@ def _open_dataset(config: DataConfig) -> Any:
         if any((folder / name).is_file() for name in SAVED):
             opened: Any = datasets.load_from_disk(str(folder))
         else:
-            name = str(folder) if folder.is_dir() else source
-            opened = datasets.load_dataset(
-                name, config.name, split=config.split, streaming=config.streaming
-            )
+            local = folder.is_dir()
+            with nullcontext() if local else cache_only_if_silent(source, "dataset"):
+                opened = datasets.load_dataset(
+                    str(folder) if local else source,
+                    config.name,
+                    split=config.split,
+                    streaming=config.streaming,
+                )
     except Exception as error:  # network, cache, names: `datasets` raises errors of many kinds
         raise DataError(
             f"data.source: {source!r} is no file, folder or built-in text, and split "

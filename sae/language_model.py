@@ -1,5 +1,8 @@
 """Load the language model and its tokenizer: bundled, from a folder, or from the Hub."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from transformers import PreTrainedModel
 from sae import builtin
 from sae.config import ModelConfig
 from sae.errors import ModelError, suggest
+from sae.hub import cache_only_if_silent
 
 LONGEST = 1 << 24
 """A tokenizer that knows no limit says 1e30."""
@@ -38,8 +42,10 @@ def load(config: ModelConfig, device: torch.device) -> LanguageModel:
         ModelError: no such model, or a folder that holds none.
     """
     source = _locate(config.name)
+    local = Path(source).is_dir()
     try:
-        model, tokenizer, has_head = _load(source, config.revision)
+        with nullcontext() if local else cache_only_if_silent(source), _no_progress_bar():
+            model, tokenizer, has_head = _load(source, config.revision)
     except Exception as error:  # the Hub, safetensors, tokenizers: each has errors of its own
         first = (str(error).splitlines() or [type(error).__name__])[0][:160]
         raise ModelError(
@@ -92,6 +98,22 @@ def _load(source: str, revision: str | None) -> tuple[Any, Any, bool]:
         source, revision=revision, dtype=torch.float32, use_safetensors=True
     )
     return model, AutoTokenizer.from_pretrained(source, revision=revision), has_head
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Without transformers' bar, which says nothing of the model that we do not."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            with warnings.catch_warnings():  # that HF_HUB_DISABLE_PROGRESS_BARS forbids the Hub's
+                warnings.simplefilter("ignore")
+                logging.enable_progress_bar()
 
 
 def _context(settings: Any, tokenizer: Any) -> int | None:

@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -197,6 +198,21 @@ def test_mistakes_in_a_process_of_their_own(args: list[str], words: str, tmp_pat
     assert done.returncode == 2 and done.stdout == ""
     assert words in done.stderr and len(done.stderr.splitlines()) <= 3
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("setting", ["model.name", "data.source"])
+def test_a_hub_that_cannot_be_reached_costs_seconds_and_three_lines(
+    setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    start = time.perf_counter()
+    done = python("-m", "sae.cli", "train", f"--{setting}", "nobody/nothing", cwd=tmp_path)
+    assert time.perf_counter() - start < 25
+    assert done.returncode == 2 and "nobody/nothing" in done.stderr
+    assert len(done.stderr.splitlines()) <= 3, done.stderr
 
 
 def test_our_own_mistakes_are_one_line_too_and_debug_shows_where(

@@ -84,6 +84,16 @@ def test_the_bundled_model() -> None:
     assert lm.tokenizer("a")["input_ids"][0] == lm.tokenizer.bos_token_id
 
 
+def test_no_progress_bar_of_transformers(
+    gpt2: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.utils import logging
+
+    monkeypatch.setattr(logging, "_tqdm_active", True)
+    load(gpt2)
+    assert logging.is_progress_bar_enabled() and "Loading" not in "".join(capfd.readouterr())
+
+
 def refused(name: Path | str, *wanted: str) -> None:
     with pytest.raises(ModelError) as caught:
         load(name)
