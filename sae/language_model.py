@@ -39,7 +39,7 @@ def load(config: ModelConfig, device: torch.device) -> LanguageModel:
     """Load in float32 (the weights of bf16 files too), in eval mode, gradients off.
 
     Raises:
-        ModelError: no such model, or a folder that holds none.
+        ModelError: no such model, a folder that holds none, or one without a tokenizer.
     """
     source = _locate(config.name)
     local = Path(source).is_dir()
@@ -53,6 +53,7 @@ def load(config: ModelConfig, device: torch.device) -> LanguageModel:
             f"  {first}\n"
             "  give 'builtin:', a folder with config.json and safetensors, or a Hub name"
         ) from error
+    _check_tokenizer(config.name, tokenizer)
     settings: Any = model.config
     return LanguageModel(
         model=model.to(device).eval().requires_grad_(False),
@@ -98,6 +99,17 @@ def _load(source: str, revision: str | None) -> tuple[Any, Any, bool]:
         source, revision=revision, dtype=torch.float32, use_safetensors=True
     )
     return model, AutoTokenizer.from_pretrained(source, revision=revision), has_head
+
+
+def _check_tokenizer(name: str, tokenizer: Any) -> None:
+    """Without files of a tokenizer transformers makes one that knows only its special tokens."""
+    ids = tokenizer("a b c", add_special_tokens=False)["input_ids"]
+    if set(ids) <= set(tokenizer.all_special_ids):
+        raise ModelError(
+            f"model.name: {name} has no tokenizer, or one without a vocabulary\n"
+            "  copy tokenizer.json and tokenizer_config.json (or vocab.json and merges.txt, "
+            "vocab.txt, tokenizer.model) of the model into its folder"
+        )
 
 
 @contextmanager

@@ -137,6 +137,13 @@ def test_broken_folders(gpt2: Path, tmp_path: Path, file: str, content: str | No
     refused(folder, "cannot be loaded as a transformers model")
 
 
+def test_a_model_without_tokenizer(tmp_path: Path, bert_tokenizer: Any) -> None:
+    tiny_model(300).save_pretrained(tmp_path / "gpt2")
+    bert(hf.BertModel, bert_tokenizer).save_pretrained(tmp_path / "bert")
+    for name in ("gpt2", "bert"):
+        refused(tmp_path / name, name, "has no tokenizer", "copy tokenizer.json")
+
+
 def test_a_missing_bundled_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtin, "__file__", str(tmp_path / "a" / "b" / "__init__.py"))
     refused("builtin:", "the bundled model is missing")
