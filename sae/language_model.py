@@ -1,5 +1,6 @@
 """Load the language model and its tokenizer: bundled, from a folder, or from the Hub."""
 
+import hashlib
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,14 +18,17 @@ from sae.hub import cache_only_if_silent
 
 LONGEST = 1 << 24
 """A tokenizer that knows no limit says 1e30."""
+HASHED_BYTES = 1 << 30
+"""Of weights files larger than this only samples are hashed: whole ones take a second per GB."""
+SAMPLES, SAMPLE_BYTES = 256, 1 << 16
 
 
 @dataclass(frozen=True)
 class LanguageModel:
     """A frozen transformer in eval mode, its tokenizer, and what it was loaded from.
 
-    `revision` is the commit it came from where there is one; `has_head` says whether it predicts
-    the next token (BERT does not). `context` is its longest input in tokens, None without a limit.
+    `revision` is the commit it came from, of a folder the identity of its weights; `has_head` says
+    whether it predicts the next token (BERT does not). `context` is its longest input in tokens, None without a limit.
     """
 
     model: PreTrainedModel
@@ -43,6 +47,11 @@ def load(config: ModelConfig, device: torch.device) -> LanguageModel:
     """
     source = _locate(config.name)
     local = Path(source).is_dir()
+    if local and config.revision is not None:
+        raise ModelError(
+            f"model.revision: {config.revision!r} came, but {config.name} lies on this disk and "
+            "has no revisions; leave it out"
+        )
     try:
         with nullcontext() if local else cache_only_if_silent(source), _no_progress_bar():
             model, tokenizer, has_head = _load(source, config.revision)
@@ -55,11 +64,12 @@ def load(config: ModelConfig, device: torch.device) -> LanguageModel:
         ) from error
     _check_tokenizer(config.name, tokenizer)
     settings: Any = model.config
+    commit = getattr(settings, "_commit_hash", None) or config.revision
     return LanguageModel(
         model=model.to(device).eval().requires_grad_(False),
         tokenizer=tokenizer,
         name=config.name,
-        revision=getattr(settings, "_commit_hash", None) or config.revision,
+        revision=_identity(Path(source)) if local else commit,
         has_head=has_head,
         context=_context(settings, tokenizer),
     )
@@ -80,6 +90,25 @@ def _locate(name: str) -> str:
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"model.name: no folder {path}{_near(name)}")
     return name
+
+
+def _identity(folder: Path) -> str:
+    """16 hex digits of SHA-256 over the weights files of a folder.
+
+    Of a file above HASHED_BYTES its size and SAMPLES pieces of it, the first with its header.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            if size <= HASHED_BYTES:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+                continue
+            for start in range(0, size, size // SAMPLES):
+                file.seek(start)
+                digest.update(file.read(SAMPLE_BYTES))
+    return f"sha256:{digest.hexdigest()[:16]}"
 
 
 def _near(name: str) -> str:

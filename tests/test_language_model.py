@@ -2,6 +2,7 @@
 most three lines."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
 
 def test_a_folder_with_gpt2(gpt2: Path, tokenizer: Any) -> None:
     lm = load(gpt2)
-    assert (lm.name, lm.revision, lm.has_head, lm.context) == (str(gpt2), None, True, 32)
+    assert (lm.name, lm.has_head, lm.context) == (str(gpt2), True, 32)
     assert not lm.model.training
     assert all(p.dtype == torch.float32 and not p.requires_grad for p in lm.model.parameters())
     original = tiny_model(len(tokenizer)).to(torch.bfloat16)
@@ -82,6 +83,28 @@ def test_the_bundled_model() -> None:
     assert lm.has_head and lm.name == "builtin:" and lm.context is not None
     assert lm.model.config.activation_function == "relu"
     assert lm.tokenizer("a")["input_ids"][0] == lm.tokenizer.bos_token_id
+
+
+def test_weights_on_the_disk_have_an_identity(
+    gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = load(gpt2)
+    assert lm.revision is not None and lm.revision.startswith("sha256:")
+    folder = Path(shutil.copytree(gpt2, tmp_path / "copy"))
+    assert load(folder).revision == lm.revision
+    for limit in (language_model.HASHED_BYTES, 1000):  # of the whole file, and of samples
+        monkeypatch.setattr(language_model, "HASHED_BYTES", limit)
+        before = load(folder).revision
+        other = load(folder).model
+        other.get_parameter("transformer.wte.weight").mul_(2)
+        other.save_pretrained(folder)
+        assert load(folder).revision != before
+
+
+@pytest.mark.parametrize("name", ["builtin:", None])
+def test_a_revision_of_a_model_on_the_disk_is_refused(gpt2: Path, name: str | None) -> None:
+    with pytest.raises(ModelError, match=r"model.revision: 'main' came"):
+        load(name or gpt2, revision="main")
 
 
 def test_no_progress_bar_of_transformers(
