@@ -27,15 +27,14 @@ SAMPLES, SAMPLE_BYTES = 256, 1 << 16
 class LanguageModel:
     """A frozen transformer in eval mode, its tokenizer, and what it was loaded from.
 
-    `revision` is the commit it came from, of a folder the identity of its weights; `has_head` says
-    whether it predicts the next token (BERT does not). `context` is its longest input in tokens, None without a limit.
+    `revision` is the commit it came from, of a folder the identity of its weights; `context` its
+    longest input in tokens, None without a limit.
     """
 
     model: PreTrainedModel
     tokenizer: Any
     name: str
     revision: str | None
-    has_head: bool
     context: int | None
 
 
@@ -54,7 +53,7 @@ def load(config: ModelConfig, device: torch.device) -> LanguageModel:
         )
     try:
         with nullcontext() if local else cache_only_if_silent(source), _no_progress_bar():
-            model, tokenizer, has_head = _load(source, config.revision)
+            model, tokenizer = _load(source, config.revision)
     except Exception as error:  # the Hub, safetensors, tokenizers: each has errors of its own
         first = (str(error).splitlines() or [type(error).__name__])[0][:160]
         raise ModelError(
@@ -70,7 +69,6 @@ def load(config: ModelConfig, device: torch.device) -> LanguageModel:
         tokenizer=tokenizer,
         name=config.name,
         revision=_identity(Path(source)) if local else commit,
-        has_head=has_head,
         context=_context(settings, tokenizer),
     )
 
@@ -117,7 +115,7 @@ def _near(name: str) -> str:
     return suggest(name, map(str, folder.iterdir()) if folder.is_dir() else ())
 
 
-def _load(source: str, revision: str | None) -> tuple[Any, Any, bool]:
+def _load(source: str, revision: str | None) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
     settings = AutoConfig.from_pretrained(source, revision=revision)
@@ -127,7 +125,7 @@ def _load(source: str, revision: str | None) -> tuple[Any, Any, bool]:
     model = kind.from_pretrained(
         source, revision=revision, dtype=torch.float32, use_safetensors=True
     )
-    return model, AutoTokenizer.from_pretrained(source, revision=revision), has_head
+    return model, AutoTokenizer.from_pretrained(source, revision=revision)
 
 
 def _check_tokenizer(name: str, tokenizer: Any) -> None:

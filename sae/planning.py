@@ -93,9 +93,8 @@ class Plan(Inputs):
         return seconds / rows.tokens.numel()
 
     def _recipe(self) -> str:
-        settings = self.config.sae.sparsity.model_dump()
-        knob = "k" if "k" in settings else "l1"
-        return f"{settings['kind']} {knob} {settings[knob]:g}"
+        sparsity = sparsity_of(self.config)
+        return f"{sparsity.kind} {sparsity.l0_knob} {sparsity.config()[sparsity.l0_knob]:g}"
 
 
 def plan(config: TrainConfig, *, resuming: bool = False) -> Plan:

@@ -51,7 +51,7 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
 
 def test_a_folder_with_gpt2(gpt2: Path, tokenizer: Any) -> None:
     lm = load(gpt2)
-    assert (lm.name, lm.has_head, lm.context) == (str(gpt2), True, 32)
+    assert (lm.name, lm.context) == (str(gpt2), 32)
     assert not lm.model.training
     assert all(p.dtype == torch.float32 and not p.requires_grad for p in lm.model.parameters())
     original = tiny_model(len(tokenizer)).to(torch.bfloat16)
@@ -66,7 +66,7 @@ def test_a_folder_with_gpt2(gpt2: Path, tokenizer: Any) -> None:
 def test_a_folder_with_bert_has_no_head(tmp_path: Path, bert_tokenizer: Any, kind: Any) -> None:
     original = bert(kind, bert_tokenizer)
     lm = load(save(tmp_path, original, bert_tokenizer))
-    assert not lm.has_head and lm.context == 40
+    assert lm.context == 40
     ids = torch.tensor([[2, 7, 8, 3]])
     encoder = (original if kind is hf.BertModel else original.bert).eval()
     torch.testing.assert_close(lm.model(ids)[0], encoder(ids)[0])
@@ -80,7 +80,7 @@ def test_the_tokenizer_may_know_a_smaller_limit(gpt2: Path, tmp_path: Path) -> N
 
 def test_the_bundled_model() -> None:
     lm = load("builtin:")
-    assert lm.has_head and lm.name == "builtin:" and lm.context is not None
+    assert lm.name == "builtin:" and lm.context is not None
     assert lm.model.config.activation_function == "relu"
     assert lm.tokenizer("a")["input_ids"][0] == lm.tokenizer.bos_token_id
 
