@@ -15,7 +15,7 @@ from sae import kernels, language_model
 from sae.activations import read
 from sae.autoencoder import SparseAutoencoder, locate, read_config
 from sae.config import TrainConfig, run_name
-from sae.data import TokenSource, open_source
+from sae.data import TokenBatch, TokenSource, open_source
 from sae.errors import ConfigError, DataError, RunError, SAEError
 from sae.hooks import Hookpoint, resolve, width
 from sae.language_model import LanguageModel
@@ -24,6 +24,8 @@ from sae.store import LOCK, versions
 
 ADAM_COPIES = 4
 """Weights, gradients and Adam's two moments."""
+SOURCE_BYTES = 16
+"""Document and position of a token in the pool."""
 TYPICAL_L0 = 32
 """Active features a token assumed where a step is timed: the step of a trained SAE."""
 TIMED_STEPS = 3
@@ -40,12 +42,16 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Plan(Inputs):
-    """A checked run: `lines` says in words what it will read, make and need."""
+    """A checked run: `lines` says in words what it will read, make and need.
+
+    `kept_as` is the type of the activations in the pool: under autocast some stay in fp32.
+    """
 
     config: TrainConfig
     dtype: torch.dtype
     hookpoints: list[Hookpoint]
     widths: dict[Hookpoint, int]
+    kept_as: dict[Hookpoint, torch.dtype]
     output: Path
 
     def lines(self) -> Iterator[tuple[str, str]]:
@@ -58,19 +64,25 @@ class Plan(Inputs):
             yield "SAE", f"{point}: {d_in} → {config.sae.width(d_in):,} features, {self._recipe()}"
         have = "unknown (a stream)" if available is None else f"{available:,}"
         yield "tokens", f"{config.tokens:,} needed, {have} in one pass of the training text"
+        if available is not None and config.tokens > available:
+            yield "", f"so the text is READ {config.tokens / available:.1f} TIMES (data.repeat)"
+        if self.source.heldout_available == 0:
+            yield "", "NOTHING IS HELD OUT, so sae evaluate will have no text; see data.heldout"
         yield "memory", f"about {self.memory_bytes() / 1e9:.2f} GB beside the libraries"
         kept = (config.checkpoint.keep + 1) * self.checkpoint_bytes() / 1e6
         yield "disk", f"{self.sae_bytes() / 1e6:.0f} MB in {self.output}"
         yield "", f"and up to {kept:,.0f} MB of checkpoints until it is complete"
 
     def memory_bytes(self) -> int:
-        """Model, pool, and four copies of every SAE's weights."""
-        weights = sum(p.numel() * p.element_size() for p in self.lm.model.parameters())
-        return weights + self.pool_bytes() + ADAM_COPIES * self.sae_bytes()
+        """Model, pool, four copies of every SAE's weights, and the text where that is kept."""
+        weights = sum(p.nbytes for p in self.lm.model.parameters())
+        text = self.source.memory_bytes if self.device.type == "cpu" else 0
+        return weights + text + self.pool_bytes() + ADAM_COPIES * self.sae_bytes()
 
     def pool_bytes(self) -> int:
-        """The activations kept to be mixed."""
-        return self.config.optim.pool * sum(self.widths.values()) * self.dtype.itemsize
+        """The activations kept to be mixed, and the document and position of each."""
+        acts = sum(d * self.kept_as[point].itemsize for point, d in self.widths.items())
+        return self.config.optim.pool * (acts + SOURCE_BYTES)
 
     def checkpoint_bytes(self) -> int:
         """The pool, weights and Adam's two moments."""
@@ -113,19 +125,30 @@ def plan(config: TrainConfig, *, resuming: bool = False) -> Plan:
     inputs = open_inputs(config, device)
     hookpoints = resolve(inputs.lm.model, config.hookpoints)
     _check_amount(config, inputs.source)
+    dtype = pick_dtype(config.model.dtype, device)
     made = Plan(
         device=device,
         lm=inputs.lm,
         source=inputs.source,
         config=config,
-        dtype=pick_dtype(config.model.dtype, device),
+        dtype=dtype,
         hookpoints=hookpoints,
         widths={point: width(inputs.lm.model, point) for point in hookpoints},
+        kept_as=_types(inputs.lm, hookpoints, dtype),
         output=output,
     )
     _check_saes(made)
     _check_room(made)
     return made
+
+
+def _types(
+    lm: LanguageModel, hookpoints: list[Hookpoint], dtype: torch.dtype
+) -> dict[Hookpoint, torch.dtype]:
+    """The type in which activations arrive, tried on two tokens."""
+    ids = torch.zeros(1, 2, dtype=torch.long)
+    acts, _ = read(lm.model, hookpoints, TokenBatch(ids, ids, ids, ids == 0), dtype)
+    return {point: values.dtype for point, values in acts.items()}
 
 
 def output_of(config: TrainConfig) -> Path:
