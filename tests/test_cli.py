@@ -7,6 +7,8 @@ and leaves every file as it was.
 import json
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -198,6 +200,53 @@ def test_mistakes_in_a_process_of_their_own(args: list[str], words: str, tmp_pat
     assert done.returncode == 2 and done.stdout == ""
     assert words in done.stderr and len(done.stderr.splitlines()) <= 3
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("args", "kept"),
+    [
+        (["--search", "->"], ["--search=->"]),
+        (["--search", "--x-y", "R"], ["--search=--x-y", "R"]),
+        (["--search", "--debug"], ["--search=--debug"]),
+        (["--debug", "R", "--all", "--debug"], ["R", "--all"]),
+        (["--search", "--all", "R"], ["--search", "--all", "R"]),
+        (["--search=a", "R"], ["--search=a", "R"]),
+        (["--many", "1", "-2"], ["--many", "1", "-2"]),
+    ],
+)
+def test_what_stands_behind_an_option_is_its_value(args: list[str], kept: list[str]) -> None:
+    parser = cli.Parser("top", "")
+    parser.add_argument("--search")
+    parser.add_argument("--many", nargs="+")
+    parser.add_argument("--all", action="store_true")
+    assert parser.sift(args) == (kept, [])
+
+
+def test_next_commands_of_several_saes_run_as_they_are(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(tmp_path / "my run")
+    assert cli.main(["train", *flags(place.folder, output=run, hookpoints="layers.*.mlp_act")]) == 0
+    *_, told = capsys.readouterr().out.splitlines()
+    assert f"sae top '{run}' --sae layers.0.mlp_act" in told
+    for command in told.removeprefix("next: ").split("; ")[:2]:
+        assert cli.main(shlex.split(command)[1:]) == 0
+    *_, told = capsys.readouterr().out.splitlines()
+    top, export = told.removeprefix("next: ").split("; ")
+    assert cli.main(shlex.split(top)[1:]) == 0
+    assert "--feature" in capsys.readouterr().out
+    assert cli.main(shlex.split(export.replace("DIR", str(tmp_path / "out")))[1:]) == 0
+    assert cli.main(["verify", run]) == 0
+    *_, told = capsys.readouterr().out.splitlines()
+    assert cli.main(shlex.split(told)[2:]) == 0
+
+
+def test_a_scan_of_a_short_text_says_how_much_there_was(
+    scanned: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(scanned.run, tmp_path / "run")
+    assert cli.main(["features", str(run), "--tokens", "9_000_000"]) == 0
+    assert re.search(r"scanned [\d,]+ tokens, not 9,000,000: the text", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("setting", ["model.name", "data.source"])
