@@ -266,7 +266,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not in every torch
+    fast = any(getattr(torch.cpu, name, bool)() for name in asked)
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -327,7 +328,7 @@ def _check_saes(plan: Plan) -> None:
 
 
 def _check_start(plan: Plan, point: Hookpoint, d_sae: int) -> None:
-    """ConfigError where `init_from` holds another kind or size of SAE."""
+    """ConfigError where `init_from` holds an SAE of another kind, size or place."""
     config = plan.config
     try:
         folder = locate(config.init_from or "", str(point))
@@ -340,9 +341,24 @@ def _check_start(plan: Plan, point: Hookpoint, d_sae: int) -> None:
         "subtract_b_dec": (old["subtract_b_dec"], config.sae.subtract_b_dec),
         "sparsity.kind": (old["sparsity"]["kind"], config.sae.sparsity.kind),
     }
+    _check_origin(plan, point, folder, old.get("metadata") or {})
     wrong = [f"{key} {came}, not {new}" for key, (came, new) in pairs.items() if came != new]
     if wrong:
         raise ConfigError(f"init_from: {folder} has {', '.join(wrong)}; make sae.* the same")
+
+
+def _check_origin(plan: Plan, point: Hookpoint, folder: Path, metadata: dict[str, Any]) -> None:
+    """ConfigError where an SAE says that it is of another model or hookpoint.
+
+    A model may have moved: it is the same where its revision is.
+    """
+    lm = plan.lm
+    model, revision = metadata.get("model", lm.name), metadata.get("revision")
+    moved = revision is not None and revision == lm.revision
+    if model != lm.name and not moved:
+        raise ConfigError(f"init_from: {folder} is of the model {model}, not of {lm.name}")
+    if metadata.get("hookpoint", str(point)) != str(point):
+        raise ConfigError(f"init_from: {folder} is of {metadata['hookpoint']}, not of {point}")
 
 
 def _check_room(plan: Plan) -> None:

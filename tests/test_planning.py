@@ -151,6 +151,29 @@ def test_weights_to_start_from_must_be_of_the_same_kind_and_size(
         assert words in str(caught.value)
 
 
+def test_weights_to_start_from_must_be_of_the_same_place(folder: Path, tmp_path: Path) -> None:
+    lm = planned(folder).lm
+
+    def start(**metadata: str | None) -> str:
+        SparseAutoencoder(24, 48, TopK(4)).save_pretrained(tmp_path / "sae", metadata)
+        return planned(folder, {"init_from": str(tmp_path / "sae")}).config.init_from or ""
+
+    assert start(model=lm.name, revision=None, hookpoint="layers.1.mlp_act")
+    assert start(model="before/it/moved", revision=lm.revision)
+    with pytest.raises(ConfigError, match="is of the model gpt2, not of"):
+        start(model="gpt2", revision=None)
+    with pytest.raises(ConfigError, match=r"is of layers.0.mlp_act, not of layers.1.mlp_act"):
+        start(model=lm.name, hookpoint="layers.0.mlp_act")
+
+
+def test_a_torch_that_does_not_tell_of_bf16_computes_in_float32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.delattr(torch.cpu, name)
+    assert planning.pick_dtype("auto", torch.device("cpu")) == torch.float32
+
+
 def test_devices_and_types() -> None:
     cpu = torch.device("cpu")
     assert planning.pick_device("cpu") == cpu
