@@ -69,12 +69,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return Place(folder, done.stdout)
 
 
-def python(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def python(*args: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
     """A process of its own that finds this package; one thread, as sums depend on their number."""
-    env = os.environ | {"PYTHONPATH": str(Path(sae.__path__[0]).parent), "OMP_NUM_THREADS": "1"}
+    own = {"PYTHONPATH": str(Path(sae.__path__[0]).parent), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, *args], cwd=cwd, env=env, capture_output=True, text=True, check=False
-    )
+        [sys.executable, *args],
+        cwd=cwd, env=os.environ | own | env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +240,36 @@ def test_next_commands_of_several_saes_run_as_they_are(
     assert cli.main(["verify", run]) == 0
     *_, told = capsys.readouterr().out.splitlines()
     assert cli.main(shlex.split(told)[2:]) == 0
+
+
+def test_files_are_the_same_in_a_locale_without_utf8(scanned: Place, tmp_path: Path) -> None:
+    """Every verb in the C locale, over texts, labels and settings in UTF-8."""
+    program = """
+import sys, locale
+from sae import cli
+assert locale.getencoding() != "utf-8" and sys.flags.utf8_mode == 0
+_, texts, run, out, config, *options = sys.argv
+for args in (
+    ["train", config, *options, "--data.source", texts, "--output", run],
+    ["evaluate", run, "--tokens", "500"], ["features", run, "--tokens", "1000"],
+    ["top", run], ["verify", run],
+    *(["export", run, "--format", f, "--out", out + f] for f in ("jsonl", "csv", "parquet")),
+):
+    assert cli.main(args) == 0, args
+"""
+    texts, config = tmp_path / "texts", tmp_path / "config.yaml"
+    shutil.copytree(scanned.folder / "texts", texts)
+    (texts / "naïve.txt").write_text("café ‖ naïve → größer " * 20, encoding="utf-8")
+    config.write_text("# größer ‖\nseed: 3\n", encoding="utf-8")
+    paths = [str(p) for p in (texts, tmp_path / "run", tmp_path / "out-", config)]
+    env = {"LC_ALL": "C", "PYTHONUTF8": "0"}
+    options = ("-X", "warn_default_encoding", "-c", program)
+    done = python(*options, *paths, *flags(scanned.folder), **env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "'encoding' argument" not in done.stderr  # what our own files do in silence
+    (tmp_path / "out-parquet" / "README.md").read_text(encoding="utf-8")
+    rows = (tmp_path / "out-jsonl" / "features.jsonl").read_text(encoding="utf-8")
+    assert len(rows.splitlines()) == 48
 
 
 def test_a_scan_of_a_short_text_says_how_much_there_was(
