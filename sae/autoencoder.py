@@ -346,7 +346,7 @@ def _read_tensors(file: Path, model: SparseAutoencoder) -> dict[str, Tensor]:
     if wrong:
         raise FormatError(
             f"{file} does not fit its {CONFIG}: {', '.join(sorted(wrong))}.\n"
-            "Take both files from one save; files of other tools need: sae import"
+            "Take both files from one save"
         )
     return tensors
 

@@ -11,7 +11,7 @@ import re
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -31,7 +31,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
-    args = [arg for arg in args if arg != "--debug"]
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without ‖ or → still gets the rest
     try:
@@ -76,6 +75,8 @@ def _told(error: Exception) -> tuple[list[str], int]:
 
 
 def _dispatch(args: list[str]) -> int:
+    if args[:1] == ["--debug"]:
+        args = args[1:]
     _refuse_unusable(args)
     verb = args[0] if args else "--help"
     if verb in ("-h", "--help"):
@@ -143,17 +144,27 @@ class Parser(argparse.ArgumentParser):
         return vars(self.parse_args(given))
 
     def sift(self, args: list[str]) -> tuple[list[str], list[str]]:
-        """`args` with the names of options as we know them; a line for each we do not know."""
-        known = [s for action in self._actions for s in action.option_strings]
+        """`args` with the names of options as we know them; a line for each we do not know.
+
+        What stands behind an option of one value is that value, dashes or not, but for options.
+        """
+        known = {s: action for action in self._actions for s in action.option_strings}
         kept, mistakes, skipping = [], [], False
-        for arg in args:
+        rest = list(args)
+        while rest:
+            arg = rest.pop(0)
             name, equals, value = arg.partition("=")
-            option = "--" + name[2:].replace("-", "_") if name.startswith("--") else name
+            option = _spelt(name)
             if self._negative_number_matcher.match(arg):
                 kept.append(arg)
             elif option in known:
-                kept.append(option + equals + value)
                 skipping = False
+                if known[option].nargs is None and not equals and rest:
+                    behind = _spelt(rest[0].partition("=")[0])
+                    equals, value = ("", "") if behind in known else ("=", rest.pop(0))
+                kept.append(option + equals + value)
+            elif arg == "--debug":
+                continue
             elif re.fullmatch(r"--?[a-zA-Z][\w.-]*", name):
                 hint = _nearest(option[2:], known) or f"; {self.prog} --help tells the options"
                 mistakes.append(f"{name}: no such option{hint}")
@@ -163,7 +174,12 @@ class Parser(argparse.ArgumentParser):
         return kept, mistakes
 
 
-def _nearest(name: str, known: list[str]) -> str:
+def _spelt(name: str) -> str:
+    """The name of an option with underscores, anything else as it is."""
+    return "--" + name[2:].replace("-", "_") if name.startswith("--") else name
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
     """The options that end in `name`, or the one most like it."""
     tails = [option for option in known if option.endswith("." + name)]
     if tails:
@@ -290,7 +306,7 @@ def _say_trained(folder: Path, wanted: int) -> int:
         print(f"next: sae train --resume {run}")
     if Run(folder).saes():
         print(f"trained {folder}")
-        print(f"next: sae evaluate {run}; sae features {run}; sae top {run}")
+        print(f"next: sae evaluate {run}; sae features {run}; sae top {_one_sae(folder)}")
     return {"SIGINT": 130, "SIGTERM": 143}.get(ended, 0)
 
 
@@ -316,7 +332,7 @@ def evaluate(args: list[str]) -> None:
     for point, evaluation in found.items():
         console.print(evaluation_table(evaluation))
         print(f"written {opened.folders[point] / 'eval.json'}")
-    print(f"next: sae features {shlex.quote(str(opened.run.path))}")
+    print(f"next: sae features {_run(opened.run.path, _text(given, 'sae'))}")
 
 
 @_verb("features", "scan text and write the feature dictionary")
@@ -330,12 +346,16 @@ def features(args: list[str]) -> None:
     opened = _open(given)
     from sae.progress import Bar
     from sae.runs import scan_run
+    from sae.store import read_manifest
 
     with Bar("scanning", n_tokens) as bar:
         written = scan_run(opened, n_tokens=n_tokens, progress=bar.advance)
     for folder in written.values():
         print(f"written {folder}")
-    run = shlex.quote(str(opened.run.path))
+    scanned = read_manifest(next(iter(written.values())))["tokens"]
+    if scanned < n_tokens:
+        print(f"scanned {scanned:,} tokens, not {n_tokens:,}: the text has no more")
+    run = _one_sae(opened.run.path, _text(given, "sae"))
     print(f"next: sae top {run}; sae export {run} --format parquet --out DIR")
 
 
@@ -369,7 +389,7 @@ def _top_of_dictionary(given: dict[str, object]) -> None:
     run, name = Run(str(given["run"])), _text(given, "sae")
     dictionary = FeatureDictionary(run.features(name))
     console, chosen = make_console(), _chosen(dictionary, given, limit)
-    again = f"sae top {shlex.quote(str(run.path))}" + (f" --sae {name}" if name else "")
+    again = f"sae top {_run(run.path, name)}"
     if len(chosen) == 1:
         console.print(feature_page(dictionary, chosen[0], console))
         print(f"next: {again} --search WORD; {again} --text '…'")
@@ -462,7 +482,7 @@ def verify(args: list[str]) -> None:
         problems.append("put back the files that belong there, or make them again")
         raise RunError("\n".join(problems))
     print(f"all is well with {run.path}: {done} checks")
-    print(f"next: sae top {shlex.quote(str(run.path))}")
+    print(f"next: sae top {_one_sae(run.path, name)}")
 
 
 def _add_run(parser: Parser) -> None:
@@ -486,6 +506,19 @@ def _open(given: dict[str, object]):
     from sae.runs import open_run
 
     return open_run(run.path, name, str(given.get("device", "auto")))
+
+
+def _run(path: Path, sae: str | None = None) -> str:
+    """RUN, and --sae where it was given, as one types them."""
+    return shlex.quote(str(path)) + (f" --sae {shlex.quote(sae)}" if sae else "")
+
+
+def _one_sae(path: Path, sae: str | None = None) -> str:
+    """The same for verbs that show one SAE: the first where the run holds several."""
+    from sae.store import Run
+
+    names = list(Run(path).saes())
+    return _run(path, sae or (names[0] if len(names) > 1 else None))
 
 
 def _refuse_together(given: dict[str, object], names: tuple[str, ...]) -> None:
@@ -528,12 +561,13 @@ def _plain(value: object) -> str:
 
 
 def _quiet_libraries() -> None:
-    """No progress bars and notices of transformers and datasets between our own lines."""
+    """No progress bars and notices of other libraries between our own lines."""
     import datasets
+    import huggingface_hub
     import transformers
 
+    huggingface_hub.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
 
 

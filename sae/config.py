@@ -95,7 +95,7 @@ class ModelConfig(Settings):
     name: Text = "builtin:"
     """Language model: 'builtin:' (in the package), a Hugging Face name or a local folder."""
     revision: Text | None = None
-    """Branch, tag or commit of a Hugging Face model; null takes its main branch."""
+    """Branch, tag or commit of a model on the Hub; null takes its main branch."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the language model; auto takes bfloat16 where the hardware has it."""
 

@@ -50,6 +50,12 @@ class TokenBatch:
         columns = (self.tokens, self.document, self.position, self.kept)
         return TokenBatch(*(column[rows] for column in columns), latents=latents)
 
+    @property
+    def memory_bytes(self) -> int:
+        """The bytes of all columns."""
+        columns = (self.tokens, self.document, self.position, self.kept, self.latents)
+        return sum(column.nbytes for column in columns if column is not None)
+
     @staticmethod
     def join(batches: "list[TokenBatch]") -> "TokenBatch":
         """All rows one below the other."""
@@ -64,15 +70,16 @@ class TokenBatch:
 class TokenSource:
     """The rows of one text: `train` and `heldout` sides, never a document in both.
 
-    `tokens_available` is the number of kept training tokens of one pass, None where only a stream
-    knows. `fingerprint` names the text read: 16 hex digits of SHA-256 over the keys and texts of
-    its documents (of a stream: the first few).
+    `tokens_available` is the number of kept training tokens of one pass, `heldout_available` that
+    of the held-out side; None where only a stream knows. `fingerprint` names the text read: 16 hex
+    digits of SHA-256 over the keys and texts of its documents (of a stream: the first few).
     """
 
     def __init__(self, documents: Documents, packer: "Packer", config: DataConfig, seed: int):
         self.name = config.source
         self.special_ids = packer.special_ids
         self.tokens_available: int | None = None
+        self.heldout_available: int | None = None if config.heldout else 0
         self._documents, self._packer, self._config, self._seed = documents, packer, config, seed
         self._kept: dict[bool, TokenBatch] = {}
         self._always_heldout: str | None = None
@@ -124,6 +131,12 @@ class TokenSource:
         if not len(self._kept[False]):
             raise self._too_little(1)
         self.tokens_available = int(self._kept[False].kept.sum())
+        self.heldout_available = int(self._kept[True].kept.sum())
+
+    @property
+    def memory_bytes(self) -> int:
+        """What is kept of the text between passes."""
+        return sum(rows.memory_bytes for rows in self._kept.values())
 
     def _rows(self, batch: int, *, heldout: bool, order: Any) -> Iterator[TokenBatch]:
         if heldout not in self._kept:

@@ -1,7 +1,9 @@
 """Where documents come from: built-in text, local files, and anything `datasets` can open."""
 
 import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from sae import builtin
 from sae.builtin.document import Document
 from sae.config import DataConfig
 from sae.errors import DataError, suggest
+from sae.hub import cache_only_if_silent
 
 IN_MEMORY_BYTES = 1 << 26
 """Data up to this size is tokenised once, before the start, and kept; larger data is streamed."""
@@ -31,10 +34,15 @@ class Documents:
     def __init__(self, config: DataConfig):
         self.origin = config.source
         if config.source.startswith(builtin.PREFIX):
+            _refuse_unread(config, "split", "column", "name", "streaming")
             self._read: Callable[[], Iterator[Document]] = lambda: builtin.documents(config.source)
             self.in_memory = True
         elif path := _local(config.source):
             files = _files(path)
+            prose = all(
+                READERS.get(file.suffix.lower(), _text_rows) is _text_rows for file in files
+            )
+            _refuse_unread(config, "split", "name", *(["column"] if prose else []))
             root = path if path.is_dir() else path.parent
             self.origin = ""
             self._read = lambda: _read_files(files, root, config.column)
@@ -46,6 +54,18 @@ class Documents:
 
     def __iter__(self) -> Iterator[Document]:
         return self._read()
+
+
+def _refuse_unread(config: DataConfig, *names: str) -> None:
+    """DataError with a line for each setting that was given though nothing reads it."""
+    given = {name: getattr(config, name) for name in names}
+    lines = [
+        f"data.{name}: {value!r} came, but {config.source} is read without it; leave it out"
+        for name, value in given.items()
+        if value != DataConfig.model_fields[name].default
+    ]
+    if lines:
+        raise DataError("\n".join(lines))
 
 
 def _fits(size: int | None, config: DataConfig) -> bool:
@@ -87,6 +107,11 @@ def _is_dataset(folder: Path) -> bool:
 
 def _files(path: Path) -> list[Path]:
     """The file itself, or all that can be read in a folder and below, but for hidden ones."""
+    if path.suffix.lower() in TABLES and path.is_file():
+        raise DataError(
+            f"data.source: {path} would be read as prose, commas and braces too; make it JSONL or "
+            "Parquet, such as by pandas.read_csv(…).to_parquet(…)"
+        )
     if path.is_file():
         return [path]
     files = sorted(
@@ -103,10 +128,19 @@ def _files(path: Path) -> list[Path]:
 
 
 def _read_files(files: list[Path], root: Path, column: str) -> Iterator[Document]:
+    warned = False  # of the first file: the others will be like it
     for file in files:
         key = file.relative_to(root).as_posix()
         rows = READERS.get(file.suffix.lower(), _text_rows)(file, column)
-        yield from _from_rows(rows, key, column)
+        for document in _from_rows(rows, key, column):
+            if not warned and "\ufffd" in document.text:
+                warned = True
+                warnings.warn(
+                    f"data.source: {file} holds bytes that are not UTF-8, or characters lost "
+                    "before (\ufffd); convert it, such as by iconv -f latin1 -t utf-8",
+                    stacklevel=1,
+                )
+            yield document
 
 
 def _text_rows(file: Path, column: str) -> Iterator[dict[str, Any]]:
@@ -151,6 +185,8 @@ READERS: dict[str, Callable[[Path, str], Iterator[dict[str, Any]]]] = {
     ".parquet": _parquet_rows,
     ".txt": _text_rows,
 }
+TABLES = (".json", ".csv", ".tsv")
+"""Files that hold text in a form we do not read."""
 SAVED = ("state.json", "dataset_dict.json")
 """What `save_to_disk` writes: one of these, for a data set or for several splits."""
 
@@ -191,12 +227,17 @@ def _open_dataset(config: DataConfig) -> Any:
     source, folder = config.source, Path(config.source).expanduser()
     try:
         if any((folder / name).is_file() for name in SAVED):
+            _refuse_unread(config, "name")
             opened: Any = datasets.load_from_disk(str(folder))
         else:
-            name = str(folder) if folder.is_dir() else source
-            opened = datasets.load_dataset(
-                name, config.name, split=config.split, streaming=config.streaming
-            )
+            local = folder.is_dir()
+            with nullcontext() if local else cache_only_if_silent(source, "dataset"):
+                opened = datasets.load_dataset(
+                    str(folder) if local else source,
+                    config.name,
+                    split=config.split,
+                    streaming=config.streaming,
+                )
     except Exception as error:  # network, cache, names: `datasets` raises errors of many kinds
         raise DataError(
             f"data.source: {source!r} is no file, folder or built-in text, and split "

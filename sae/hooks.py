@@ -272,11 +272,6 @@ def _child(parent: nn.Module, paths: str | None) -> nn.Module | None:
     return None
 
 
-def available(model: PreTrainedModel) -> list[Hookpoint]:
-    """Every `layers.<i>.<site>` the model has."""
-    return [Hookpoint(name) for name in _Layout(model).names]
-
-
 def resolve(model: PreTrainedModel, patterns: Sequence[str]) -> list[Hookpoint]:
     """The hookpoints that `patterns` name, each once, in the order asked for.
 

@@ -1,5 +1,9 @@
 """Load the language model and its tokenizer: bundled, from a folder, or from the Hub."""
 
+import hashlib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,24 +14,27 @@ from transformers import PreTrainedModel
 from sae import builtin
 from sae.config import ModelConfig
 from sae.errors import ModelError, suggest
+from sae.hub import cache_only_if_silent
 
 LONGEST = 1 << 24
 """A tokenizer that knows no limit says 1e30."""
+HASHED_BYTES = 1 << 30
+"""Of weights files larger than this only samples are hashed: whole ones take a second per GB."""
+SAMPLES, SAMPLE_BYTES = 256, 1 << 16
 
 
 @dataclass(frozen=True)
 class LanguageModel:
     """A frozen transformer in eval mode, its tokenizer, and what it was loaded from.
 
-    `revision` is the commit it came from where there is one; `has_head` says whether it predicts
-    the next token (BERT does not). `context` is its longest input in tokens, None without a limit.
+    `revision` is the commit it came from, of a folder the identity of its weights; `context` its
+    longest input in tokens, None without a limit.
     """
 
     model: PreTrainedModel
     tokenizer: Any
     name: str
     revision: str | None
-    has_head: bool
     context: int | None
 
 
@@ -35,11 +42,18 @@ def load(config: ModelConfig, device: torch.device) -> LanguageModel:
     """Load in float32 (the weights of bf16 files too), in eval mode, gradients off.
 
     Raises:
-        ModelError: no such model, or a folder that holds none.
+        ModelError: no such model, a folder that holds none, or one without a tokenizer.
     """
     source = _locate(config.name)
+    local = Path(source).is_dir()
+    if local and config.revision is not None:
+        raise ModelError(
+            f"model.revision: {config.revision!r} came, but {config.name} lies on this disk and "
+            "has no revisions; leave it out"
+        )
     try:
-        model, tokenizer, has_head = _load(source, config.revision)
+        with nullcontext() if local else cache_only_if_silent(source), _no_progress_bar():
+            model, tokenizer = _load(source, config.revision)
     except Exception as error:  # the Hub, safetensors, tokenizers: each has errors of its own
         first = (str(error).splitlines() or [type(error).__name__])[0][:160]
         raise ModelError(
@@ -47,13 +61,14 @@ def load(config: ModelConfig, device: torch.device) -> LanguageModel:
             f"  {first}\n"
             "  give 'builtin:', a folder with config.json and safetensors, or a Hub name"
         ) from error
+    _check_tokenizer(config.name, tokenizer)
     settings: Any = model.config
+    commit = getattr(settings, "_commit_hash", None) or config.revision
     return LanguageModel(
         model=model.to(device).eval().requires_grad_(False),
         tokenizer=tokenizer,
         name=config.name,
-        revision=getattr(settings, "_commit_hash", None) or config.revision,
-        has_head=has_head,
+        revision=_identity(Path(source)) if local else commit,
         context=_context(settings, tokenizer),
     )
 
@@ -75,6 +90,25 @@ def _locate(name: str) -> str:
     return name
 
 
+def _identity(folder: Path) -> str:
+    """16 hex digits of SHA-256 over the weights files of a folder.
+
+    Of a file above HASHED_BYTES its size and SAMPLES pieces of it, the first with its header.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            if size <= HASHED_BYTES:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+                continue
+            for start in range(0, size, size // SAMPLES):
+                file.seek(start)
+                digest.update(file.read(SAMPLE_BYTES))
+    return f"sha256:{digest.hexdigest()[:16]}"
+
+
 def _near(name: str) -> str:
     """The neighbouring folder whose name is nearest to one that does not exist."""
     folder = Path(name).parent
@@ -82,7 +116,7 @@ def _near(name: str) -> str:
     return suggest(name, (path for path in there if path != name))
 
 
-def _load(source: str, revision: str | None) -> tuple[Any, Any, bool]:
+def _load(source: str, revision: str | None) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
     settings = AutoConfig.from_pretrained(source, revision=revision)
@@ -92,7 +126,34 @@ def _load(source: str, revision: str | None) -> tuple[Any, Any, bool]:
     model = kind.from_pretrained(
         source, revision=revision, dtype=torch.float32, use_safetensors=True
     )
-    return model, AutoTokenizer.from_pretrained(source, revision=revision), has_head
+    return model, AutoTokenizer.from_pretrained(source, revision=revision)
+
+
+def _check_tokenizer(name: str, tokenizer: Any) -> None:
+    """Without files of a tokenizer transformers makes one that knows only its special tokens."""
+    ids = tokenizer("a b c", add_special_tokens=False)["input_ids"]
+    if set(ids) <= set(tokenizer.all_special_ids):
+        raise ModelError(
+            f"model.name: {name} has no tokenizer, or one without a vocabulary\n"
+            "  copy tokenizer.json and tokenizer_config.json (or vocab.json and merges.txt, "
+            "vocab.txt, tokenizer.model) of the model into its folder"
+        )
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Without transformers' bar, which says nothing of the model that we do not."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            with warnings.catch_warnings():  # that HF_HUB_DISABLE_PROGRESS_BARS forbids the Hub's
+                warnings.simplefilter("ignore")
+                logging.enable_progress_bar()
 
 
 def _context(settings: Any, tokenizer: Any) -> int | None:

@@ -15,7 +15,7 @@ from sae import kernels, language_model
 from sae.activations import read
 from sae.autoencoder import SparseAutoencoder, locate, read_config
 from sae.config import TrainConfig, run_name
-from sae.data import TokenSource, open_source
+from sae.data import TokenBatch, TokenSource, open_source
 from sae.errors import ConfigError, DataError, RunError, SAEError
 from sae.hooks import Hookpoint, resolve, width
 from sae.language_model import LanguageModel
@@ -25,6 +25,8 @@ from sae.store import LOCK, versions
 
 ADAM_COPIES = 4
 """Weights, gradients and Adam's two moments."""
+SOURCE_BYTES = 16
+"""Document and position of a token in the pool."""
 TYPICAL_L0 = 32
 """Active features a token assumed where a step is timed: the step of a trained SAE."""
 TIMED_STEPS = 3
@@ -41,12 +43,16 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Plan(Inputs):
-    """A checked run: `lines` says in words what it will read, make and need."""
+    """A checked run: `lines` says in words what it will read, make and need.
+
+    `kept_as` is the type of the activations in the pool: under autocast some stay in fp32.
+    """
 
     config: TrainConfig
     dtype: torch.dtype
     hookpoints: list[Hookpoint]
     widths: dict[Hookpoint, int]
+    kept_as: dict[Hookpoint, torch.dtype]
     output: Path
 
     def lines(self) -> Iterator[tuple[str, str]]:
@@ -59,19 +65,25 @@ class Plan(Inputs):
             yield "SAE", f"{point}: {d_in} → {config.sae.width(d_in):,} features, {self._recipe()}"
         have = "unknown (a stream)" if available is None else f"{available:,}"
         yield "tokens", f"{config.tokens:,} needed, {have} in one pass of the training text"
+        if available is not None and config.tokens > available:
+            yield "", f"so the text is READ {config.tokens / available:.1f} TIMES (data.repeat)"
+        if self.source.heldout_available == 0:
+            yield "", "NOTHING IS HELD OUT, so sae evaluate will have no text; see data.heldout"
         yield "memory", f"about {self.memory_bytes() / 1e9:.2f} GB beside the libraries"
         kept = (config.checkpoint.keep + 1) * self.checkpoint_bytes() / 1e6
         yield "disk", f"{self.sae_bytes() / 1e6:.0f} MB in {self.output}"
         yield "", f"and up to {kept:,.0f} MB of checkpoints until it is complete"
 
     def memory_bytes(self) -> int:
-        """Model, pool, and four copies of every SAE's weights."""
-        weights = sum(p.numel() * p.element_size() for p in self.lm.model.parameters())
-        return weights + self.pool_bytes() + ADAM_COPIES * self.sae_bytes()
+        """Model, pool, four copies of every SAE's weights, and the text where that is kept."""
+        weights = sum(p.nbytes for p in self.lm.model.parameters())
+        text = self.source.memory_bytes if self.device.type == "cpu" else 0
+        return weights + text + self.pool_bytes() + ADAM_COPIES * self.sae_bytes()
 
     def pool_bytes(self) -> int:
-        """The activations kept to be mixed."""
-        return self.config.optim.pool * sum(self.widths.values()) * self.dtype.itemsize
+        """The activations kept to be mixed, and the document and position of each."""
+        acts = sum(d * self.kept_as[point].itemsize for point, d in self.widths.items())
+        return self.config.optim.pool * (acts + SOURCE_BYTES)
 
     def checkpoint_bytes(self) -> int:
         """The pool, weights and Adam's two moments."""
@@ -94,9 +106,8 @@ class Plan(Inputs):
         return seconds / rows.tokens.numel()
 
     def _recipe(self) -> str:
-        settings = self.config.sae.sparsity.model_dump()
-        knob = "k" if "k" in settings else "l1"
-        return f"{settings['kind']} {knob} {settings[knob]:g}"
+        sparsity = sparsity_of(self.config)
+        return f"{sparsity.kind} {sparsity.l0_knob} {sparsity.config()[sparsity.l0_knob]:g}"
 
 
 def plan(config: TrainConfig, *, resuming: bool = False) -> Plan:
@@ -115,19 +126,30 @@ def plan(config: TrainConfig, *, resuming: bool = False) -> Plan:
     inputs = open_inputs(config, device)
     hookpoints = resolve(inputs.lm.model, config.hookpoints)
     _check_amount(config, inputs.source)
+    dtype = pick_dtype(config.model.dtype, device)
     made = Plan(
         device=device,
         lm=inputs.lm,
         source=inputs.source,
         config=config,
-        dtype=pick_dtype(config.model.dtype, device),
+        dtype=dtype,
         hookpoints=hookpoints,
         widths={point: width(inputs.lm.model, point) for point in hookpoints},
+        kept_as=_types(inputs.lm, hookpoints, dtype),
         output=output,
     )
     _check_saes(made)
     _check_room(made)
     return made
+
+
+def _types(
+    lm: LanguageModel, hookpoints: list[Hookpoint], dtype: torch.dtype
+) -> dict[Hookpoint, torch.dtype]:
+    """The type in which activations arrive, tried on two tokens."""
+    ids = torch.zeros(1, 2, dtype=torch.long)
+    acts, _ = read(lm.model, hookpoints, TokenBatch(ids, ids, ids, ids == 0), dtype)
+    return {point: values.dtype for point, values in acts.items()}
 
 
 def output_of(config: TrainConfig) -> Path:
@@ -249,7 +271,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not in every torch
+    fast = any(getattr(torch.cpu, name, bool)() for name in asked)
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -310,7 +333,7 @@ def _check_saes(plan: Plan) -> None:
 
 
 def _check_start(plan: Plan, point: Hookpoint, d_sae: int) -> None:
-    """SAEError where `init_from` holds another kind or size of SAE, or a damaged one."""
+    """SAEError where `init_from` holds an SAE of another kind, size or place, or a damaged one."""
     config = plan.config
     try:
         folder = locate(config.init_from or "", str(point))
@@ -324,9 +347,24 @@ def _check_start(plan: Plan, point: Hookpoint, d_sae: int) -> None:
         "subtract_b_dec": (old["subtract_b_dec"], config.sae.subtract_b_dec),
         "sparsity.kind": (old["sparsity"]["kind"], config.sae.sparsity.kind),
     }
+    _check_origin(plan, point, folder, old.get("metadata") or {})
     wrong = [f"{key} {came}, not {new}" for key, (came, new) in pairs.items() if came != new]
     if wrong:
         raise ConfigError(f"init_from: {folder} has {', '.join(wrong)}; make sae.* the same")
+
+
+def _check_origin(plan: Plan, point: Hookpoint, folder: Path, metadata: dict[str, Any]) -> None:
+    """ConfigError where an SAE says that it is of another model or hookpoint.
+
+    A model may have moved: it is the same where its revision is.
+    """
+    lm = plan.lm
+    model, revision = metadata.get("model", lm.name), metadata.get("revision")
+    moved = revision is not None and revision == lm.revision
+    if model != lm.name and not moved:
+        raise ConfigError(f"init_from: {folder} is of the model {model}, not of {lm.name}")
+    if metadata.get("hookpoint", str(point)) != str(point):
+        raise ConfigError(f"init_from: {folder} is of {metadata['hookpoint']}, not of {point}")
 
 
 def _check_room(plan: Plan) -> None:

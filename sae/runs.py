@@ -1,6 +1,7 @@
 """A trained run, reopened: evaluate it, scan text for its features, look into a prompt."""
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,16 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class OpenRun:
-    """A run with its model and text at hand; `folders` holds the chosen SAEs by hookpoint."""
+    """A run with its model and text at hand; `folders` holds the chosen SAEs by hookpoint.
+
+    `changes` says how the model and the text are not those of the training, if so.
+    """
 
     run: Run
     config: TrainConfig
     inputs: Inputs
     folders: dict[Hookpoint, Path]
+    changes: list[str]
 
     def autoencoders(self) -> dict[Hookpoint, SparseAutoencoder]:
         """The SAEs, for raw activations, on the model's device."""
@@ -45,7 +50,7 @@ class OpenRun:
 
 
 def open_run(path: str | Path, sae: str | None = None, device: str = "auto") -> OpenRun:
-    """Open a run and all its SAEs, or the one named `sae`.
+    """Open a run and all its SAEs, or the one named `sae`; warns where model or text have changed.
 
     Raises:
         RunError: no run there, or no such SAE.
@@ -55,16 +60,36 @@ def open_run(path: str | Path, sae: str | None = None, device: str = "auto") -> 
     store.check_files(run.path, run.config_path.name)
     config = settings.load(run.config_path)
     chosen = [run.sae(sae)] if sae is not None else list(run.saes().values()) or [run.sae()]
-    hookpoints = {_hookpoint(folder): folder for folder in chosen}
+    manifests = {folder: store.read_manifest(folder) for folder in chosen}
+    hookpoints = {_hookpoint(folder, manifests[folder]): folder for folder in chosen}
     inputs = open_inputs(config, pick_device(device))
-    return OpenRun(run, config, inputs, hookpoints)
+    found = (change for manifest in manifests.values() for change in _changes(manifest, inputs))
+    changes = list(dict.fromkeys(found))  # once, though every SAE of the run tells the same
+    for change in changes:
+        warnings.warn(f"{run.path}: {change}", stacklevel=2)
+    return OpenRun(run, config, inputs, hookpoints, changes)
 
 
-def _hookpoint(folder: Path) -> Hookpoint:
-    name = store.read_manifest(folder).get("hookpoint")
+def _hookpoint(folder: Path, manifest: Mapping[str, Any]) -> Hookpoint:
+    name = manifest.get("hookpoint")
     if not isinstance(name, str):
         raise RunError(f"{folder / store.MANIFEST} does not say which hookpoint the SAE is for")
     return Hookpoint.parse(name)
+
+
+def _changes(manifest: Mapping[str, Any], inputs: Inputs) -> Iterator[str]:
+    """How model and text differ from those that an SAE was trained on, as far as it says."""
+    model, text = inputs.lm.revision, inputs.source.fingerprint
+    if manifest.get("revision", model) not in (model, None):
+        yield (
+            f"THE MODEL HAS CHANGED since training ({manifest['revision']} then, {model} now): its "
+            "activations are not those that the SAE knows"
+        )
+    if manifest.get("data_fingerprint", text) != text:
+        yield (
+            f"THE TEXT HAS CHANGED since training (fingerprint {manifest['data_fingerprint']} "
+            f"then, {text} now): documents held out now may have been trained on"
+        )
 
 
 def evaluate_run(
@@ -87,6 +112,7 @@ def evaluate_run(
     for point, evaluation in found.items():
         folder = opened.folders[point]
         result = {"sae_sha256": store.sha256(folder / store.WEIGHTS)} | _origin(opened)
+        result |= {"changes": opened.changes} if opened.changes else {}
         store.write_result(folder, "eval.json", result | evaluation.to_dict())
     return found
 

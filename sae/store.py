@@ -289,11 +289,6 @@ class Run:
         """The resolved settings."""
         return self.path / "config.yaml"
 
-    @property
-    def metrics_path(self) -> Path:
-        """One JSON line per logged step."""
-        return self.path / "metrics.jsonl"
-
     def saes(self) -> dict[str, Path]:
         """The folder of every SAE of the run, by name."""
         return {file.parent.name: file.parent for file in sorted(self._saes_with_weights())}

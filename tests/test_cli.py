@@ -7,10 +7,12 @@ and leaves every file as it was.
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -108,12 +110,13 @@ def break_runs(place: "Place") -> None:
     (place.folder / "wrong" / "config.yaml").write_text("seed: x\n")
 
 
-def python(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def python(*args: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
     """A process of its own that finds this package; one thread, as sums depend on their number."""
-    env = os.environ | {"PYTHONPATH": str(Path(sae.__path__[0]).parent), "OMP_NUM_THREADS": "1"}
+    own = {"PYTHONPATH": str(Path(sae.__path__[0]).parent), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, *args], cwd=cwd, env=env, capture_output=True, text=True, check=False
-    )
+        [sys.executable, *args],
+        cwd=cwd, env=os.environ | own | env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -413,6 +416,98 @@ def test_several_mistakes_are_a_line_each(place: Place, capsys: pytest.CaptureFi
     assert sorted(line.split()[1] for line in lines[2:]) == rest
     assert cli.main(["top", str(place.run), "--feture", "1", "--limt", "3"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "kept"),
+    [
+        (["--search", "->"], ["--search=->"]),
+        (["--search", "--x-y", "R"], ["--search=--x-y", "R"]),
+        (["--search", "--debug"], ["--search=--debug"]),
+        (["--debug", "R", "--all", "--debug"], ["R", "--all"]),
+        (["--search", "--all", "R"], ["--search", "--all", "R"]),
+        (["--search=a", "R"], ["--search=a", "R"]),
+        (["--many", "1", "-2"], ["--many", "1", "-2"]),
+    ],
+)
+def test_what_stands_behind_an_option_is_its_value(args: list[str], kept: list[str]) -> None:
+    parser = cli.Parser("top", "")
+    parser.add_argument("--search")
+    parser.add_argument("--many", nargs="+")
+    parser.add_argument("--all", action="store_true")
+    assert parser.sift(args) == (kept, [])
+
+
+def test_next_commands_of_several_saes_run_as_they_are(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(tmp_path / "my run")
+    assert cli.main(["train", *flags(place.folder, output=run, hookpoints="layers.*.mlp_act")]) == 0
+    *_, told = capsys.readouterr().out.splitlines()
+    assert f"sae top '{run}' --sae layers.0.mlp_act" in told
+    for command in told.removeprefix("next: ").split("; ")[:2]:
+        assert cli.main(shlex.split(command)[1:]) == 0
+    *_, told = capsys.readouterr().out.splitlines()
+    top, export = told.removeprefix("next: ").split("; ")
+    assert cli.main(shlex.split(top)[1:]) == 0
+    assert "--feature" in capsys.readouterr().out
+    assert cli.main(shlex.split(export.replace("DIR", str(tmp_path / "out")))[1:]) == 0
+    assert cli.main(["verify", run]) == 0
+    *_, told = capsys.readouterr().out.splitlines()
+    assert cli.main(shlex.split(told)[2:]) == 0
+
+
+def test_files_are_the_same_in_a_locale_without_utf8(scanned: Place, tmp_path: Path) -> None:
+    """Every verb in the C locale, over texts, labels and settings in UTF-8."""
+    program = """
+import sys, locale
+from sae import cli
+assert locale.getencoding() != "utf-8" and sys.flags.utf8_mode == 0
+_, texts, run, out, config, *options = sys.argv
+for args in (
+    ["train", config, *options, "--data.source", texts, "--output", run],
+    ["evaluate", run, "--tokens", "500"], ["features", run, "--tokens", "1000"],
+    ["top", run], ["verify", run],
+    *(["export", run, "--format", f, "--out", out + f] for f in ("jsonl", "csv", "parquet")),
+):
+    assert cli.main(args) == 0, args
+"""
+    texts, config = tmp_path / "texts", tmp_path / "config.yaml"
+    shutil.copytree(scanned.folder / "texts", texts)
+    (texts / "naïve.txt").write_text("café ‖ naïve → größer " * 20, encoding="utf-8")
+    config.write_text("# größer ‖\nseed: 3\n", encoding="utf-8")
+    paths = [str(p) for p in (texts, tmp_path / "run", tmp_path / "out-", config)]
+    env = {"LC_ALL": "C", "PYTHONUTF8": "0"}
+    options = ("-X", "warn_default_encoding", "-c", program)
+    done = python(*options, *paths, *flags(scanned.folder), **env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "'encoding' argument" not in done.stderr  # what our own files do in silence
+    (tmp_path / "out-parquet" / "README.md").read_text(encoding="utf-8")
+    rows = (tmp_path / "out-jsonl" / "features.jsonl").read_text(encoding="utf-8")
+    assert len(rows.splitlines()) == 48
+
+
+def test_a_scan_of_a_short_text_says_how_much_there_was(
+    scanned: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(scanned.run, tmp_path / "run")
+    assert cli.main(["features", str(run), "--tokens", "9_000_000"]) == 0
+    assert re.search(r"scanned [\d,]+ tokens, not 9,000,000: the text", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("setting", ["model.name", "data.source"])
+def test_a_hub_that_cannot_be_reached_costs_seconds_and_three_lines(
+    setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    start = time.perf_counter()
+    done = python("-m", "sae.cli", "train", f"--{setting}", "nobody/nothing", cwd=tmp_path)
+    assert time.perf_counter() - start < 25
+    assert done.returncode == 2 and "nobody/nothing" in done.stderr
+    assert len(done.stderr.splitlines()) <= 3, done.stderr
 
 
 def test_our_own_mistakes_are_one_line_too_and_debug_shows_where(

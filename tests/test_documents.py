@@ -117,7 +117,10 @@ def test_token_ids_and_empty_rows(tmp_path: Path) -> None:
 
 def test_a_byte_order_mark_and_stray_bytes_do_no_harm(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfna\xc3\xafve \xff end\r\n")
-    assert texts(tmp_path) == ["naïve \ufffd end\n"]
+    (tmp_path / "b.txt").write_bytes("café".encode("latin-1"))
+    with pytest.warns(UserWarning, match=r"a\.txt holds bytes that are not UTF-8") as told:
+        assert texts(tmp_path) == ["naïve \ufffd end\n", "caf\ufffd"]
+    assert {str(w.message) for w in told} == {str(told[0].message)}
 
 
 def test_only_what_is_small_and_not_to_be_streamed_is_kept_in_memory(
@@ -162,6 +165,23 @@ def test_no_such_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_text(tmp_path: Path) -> None:
     refused(tmp_path, "data.source: no text in", ".jsonl, .md, .parquet, .txt")
+
+
+def test_tables_are_not_read_as_prose(tmp_path: Path) -> None:
+    for name in ("a.json", "b.csv", "c.TSV"):
+        (tmp_path / name).write_text('text,label\n"the cat",1\n')
+        refused(tmp_path / name, name, "JSONL or Parquet")
+
+
+def test_settings_that_nothing_reads_are_refused(tmp_path: Path) -> None:
+    text, jsonl = tmp_path / "a.txt", write_jsonl(tmp_path / "a.jsonl", [{"body": "a"}])
+    text.write_text("the cat")
+    refused(text, "data.split: 'test' came", split="test")
+    refused(text, "data.column: 'body' came", "data.name: 'en'", column="body", name="en")
+    refused(jsonl, "data.name: 'en' came", "leave it out", name="en")
+    refused("builtin:facts", "data.streaming: True came", streaming=True)
+    assert texts(jsonl, column="body") == ["a"]
+    assert texts(tmp_path / "a.txt", streaming=True) == ["the cat"]
 
 
 def test_no_such_column(tmp_path: Path) -> None:

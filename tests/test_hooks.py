@@ -17,7 +17,6 @@ from sae.errors import HookpointError
 from sae.hooks import (
     SITES,
     Hookpoint,
-    available,
     capture,
     embedding,
     mlp_norm_gain,
@@ -135,7 +134,7 @@ with_neurons = pytest.mark.parametrize("family", [name for name in CONFIGS if na
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_captured_pass_is_the_plain_one_and_gives_batch_seq_d(family, head, batch):
     model, ids = make(family, head), tokens(batch)
-    hookpoints = available(model)
+    hookpoints = resolve(model, ["layers.*.*"])
     with capture(model, hookpoints, stop=False) as found:
         hooked = run(model, ids, keyword=batch == 1)
     assert torch.equal(hooked, run(model, ids))
@@ -149,7 +148,7 @@ def test_a_captured_pass_is_the_plain_one_and_gives_batch_seq_d(family, head, ba
 def test_every_site_replaced_by_itself_changes_no_bit(family):
     model, ids = make(family), tokens()
     plain = run(model, ids)
-    for site in {hookpoint.site for hookpoint in available(model)}:
+    for site in {hookpoint.site for hookpoint in resolve(model, ["layers.*.*"])}:
         with replace(model, Hookpoint(f"layers.1.{site}"), lambda x: x):
             assert torch.equal(run(model, ids), plain), site
     assert hooks_left(model) == 0
@@ -569,7 +568,7 @@ def test_mixture_of_experts_has_no_neurons_but_the_other_sites():
 def test_a_block_that_scales_what_it_adds_refuses_those_sites():
     granite = hf.GraniteConfig(residual_multiplier=0.5, **_LLAMA)
     model = hf.AutoModel.from_config(granite)
-    assert {h.site for h in available(model)} == set(SITES) - {"mlp_out", "attn_out"}
+    assert {h.site for h in resolve(model, ["layers.*.*"])} == set(SITES) - {"mlp_out", "attn_out"}
     with pytest.raises(HookpointError, match="scales"):
         resolve(model, ["layers.0.mlp_out"])
 
@@ -577,7 +576,8 @@ def test_a_block_that_scales_what_it_adds_refuses_those_sites():
 def test_a_block_with_weights_of_its_own_is_no_known_family():
     model = hf.AutoModel.from_config(hf.LlamaConfig(**_LLAMA))
     model.layers[1].residual_scale = nn.Parameter(torch.ones(D))
-    assert available(model) == []
+    with pytest.raises(HookpointError, match="module:<path>"):
+        resolve(model, ["layers.*.*"])
 
 
 def test_gpt1_normalises_its_sums_so_no_gain_precedes_the_mlp():
@@ -596,7 +596,8 @@ def test_an_unknown_family_still_has_module_paths():
     path = "module:encoder.block.0.layer.1.DenseReluDense.act"
     assert read(model, path)[0].shape == (3, SEQ, MLP)
     assert mlp_weights(model, 0) is None and mlp_norm_gain(model, 0) is None
-    assert available(model) == []
+    with pytest.raises(HookpointError, match="module:<path>"):
+        resolve(model, ["layers.*.*"])
 
 
 # --------------------------------------------------------------------------------------- weights
@@ -685,7 +686,7 @@ def test_norms_without_a_learned_gain_have_gain_one():
 def test_nothing_here_edits_a_weight():
     model = make("gemma2")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    for hookpoint in available(model):
+    for hookpoint in resolve(model, ["layers.*.*"]):
         with replace(model, hookpoint, torch.zeros_like):
             run(model, tokens())
     mlp_weights(model, 1), mlp_norm_gain(model, 1), unembedding(model)

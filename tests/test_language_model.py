@@ -2,6 +2,7 @@
 most three lines."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
 
 def test_a_folder_with_gpt2(gpt2: Path, tokenizer: Any) -> None:
     lm = load(gpt2)
-    assert (lm.name, lm.revision, lm.has_head, lm.context) == (str(gpt2), None, True, 32)
+    assert (lm.name, lm.context) == (str(gpt2), 32)
     assert not lm.model.training
     assert all(p.dtype == torch.float32 and not p.requires_grad for p in lm.model.parameters())
     original = tiny_model(len(tokenizer)).to(torch.bfloat16)
@@ -65,7 +66,7 @@ def test_a_folder_with_gpt2(gpt2: Path, tokenizer: Any) -> None:
 def test_a_folder_with_bert_has_no_head(tmp_path: Path, bert_tokenizer: Any, kind: Any) -> None:
     original = bert(kind, bert_tokenizer)
     lm = load(save(tmp_path, original, bert_tokenizer))
-    assert not lm.has_head and lm.context == 40
+    assert lm.context == 40
     ids = torch.tensor([[2, 7, 8, 3]])
     encoder = (original if kind is hf.BertModel else original.bert).eval()
     torch.testing.assert_close(lm.model(ids)[0], encoder(ids)[0])
@@ -79,9 +80,41 @@ def test_the_tokenizer_may_know_a_smaller_limit(gpt2: Path, tmp_path: Path) -> N
 
 def test_the_bundled_model() -> None:
     lm = load("builtin:")
-    assert lm.has_head and lm.name == "builtin:" and lm.context is not None
+    assert lm.name == "builtin:" and lm.context is not None
     assert lm.model.config.activation_function == "relu"
     assert lm.tokenizer("a")["input_ids"][0] == lm.tokenizer.bos_token_id
+
+
+def test_weights_on_the_disk_have_an_identity(
+    gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = load(gpt2)
+    assert lm.revision is not None and lm.revision.startswith("sha256:")
+    folder = Path(shutil.copytree(gpt2, tmp_path / "copy"))
+    assert load(folder).revision == lm.revision
+    for limit in (language_model.HASHED_BYTES, 1000):  # of the whole file, and of samples
+        monkeypatch.setattr(language_model, "HASHED_BYTES", limit)
+        before = load(folder).revision
+        other = load(folder).model
+        other.get_parameter("transformer.wte.weight").mul_(2)
+        other.save_pretrained(folder)
+        assert load(folder).revision != before
+
+
+@pytest.mark.parametrize("name", ["builtin:", None])
+def test_a_revision_of_a_model_on_the_disk_is_refused(gpt2: Path, name: str | None) -> None:
+    with pytest.raises(ModelError, match=r"model.revision: 'main' came"):
+        load(name or gpt2, revision="main")
+
+
+def test_no_progress_bar_of_transformers(
+    gpt2: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.utils import logging
+
+    monkeypatch.setattr(logging, "_tqdm_active", True)
+    load(gpt2)
+    assert logging.is_progress_bar_enabled() and "Loading" not in "".join(capfd.readouterr())
 
 
 def refused(name: Path | str, *wanted: str) -> None:
@@ -125,6 +158,13 @@ def test_broken_folders(gpt2: Path, tmp_path: Path, file: str, content: str | No
     if content is not None:
         (folder / file).write_text(content)
     refused(folder, "cannot be loaded as a transformers model")
+
+
+def test_a_model_without_tokenizer(tmp_path: Path, bert_tokenizer: Any) -> None:
+    tiny_model(300).save_pretrained(tmp_path / "gpt2")
+    bert(hf.BertModel, bert_tokenizer).save_pretrained(tmp_path / "bert")
+    for name in ("gpt2", "bert"):
+        refused(tmp_path / name, name, "has no tokenizer", "copy tokenizer.json")
 
 
 def test_a_missing_bundled_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "sae"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 ROWS = (
-    "errors stopping",
+    "errors hub stopping",
     "untrusted memory",
     "config builtin",
     "store text hooks documents sparsity kernels language_model mirror",

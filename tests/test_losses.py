@@ -1,11 +1,6 @@
-"""Proves the losses against their definitions, finite differences and streams cut anywhere."""
+"""Proves the losses against their definitions and finite differences."""
 
-import itertools
-
-import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from sae import losses
 from sae.autoencoder import SparseAutoencoder
@@ -88,26 +83,6 @@ def test_fvu_is_zero_for_perfect_and_one_for_the_mean():
     y = randn(10, 4)
     assert losses.fvu(y, y) == 0
     torch.testing.assert_close(losses.fvu(y, y.mean(0).expand_as(y)).item(), 1.0)
-
-
-@settings(max_examples=25, deadline=None)
-@given(cuts=st.lists(st.integers(0, 60), max_size=5), offset=st.sampled_from([0.0, 1e3, 1e6]))
-def test_running_fvu_is_that_of_one_piece_however_the_stream_is_cut(cuts, offset):
-    y, noise = randn(60, 4) + offset, randn(60, 4, seed=1) / 10
-    running = losses.RunningFVU()
-    edges = [0, *sorted(cuts), 60]
-    for start, end in itertools.pairwise(edges):
-        running.update(y[start:end], (y + noise)[start:end])
-    assert running.value == pytest.approx(losses.fvu(y, y + noise).item(), rel=1e-6)
-    assert running.tokens == 60
-    torch.testing.assert_close(running.mean, y.mean(0))
-
-
-def test_running_fvu_of_nothing_is_nan():
-    running = losses.RunningFVU()
-    assert running.value != running.value
-    with pytest.raises(ValueError, match="no tokens"):
-        _ = running.mean
 
 
 def test_l0_counts_active_features_per_token():

@@ -8,6 +8,7 @@ import torch
 from tiny import BATCH, CONTEXT, RELU, TOKENS, planned, save
 
 from sae import planning
+from sae.activations import read
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import ConfigError, DataError, HookpointError, RunError
 from sae.sparsity import ReluL1, TopK
@@ -32,6 +33,37 @@ def test_a_plan_says_what_it_reads_makes_and_needs(folder: Path) -> None:
     assert made.source.fingerprint in lines["text"] and str(folder / "run") in lines["disk"]
     assert made.sae_bytes() == 4 * (2 * 24 * 48 + 48 + 24)
     assert files(folder) == before
+
+
+def test_a_plan_says_how_often_the_text_is_read_and_that_none_is_held_out(
+    folder: Path, tmp_path: Path
+) -> None:
+    once = " ".join(text for _, text in planned(folder).lines())
+    assert "TIMES" not in once and "HELD OUT" not in once
+    have = planned(folder).source.tokens_available
+    assert have is not None
+    changes = {"tokens": str(3 * have), "data.repeat": "true", "data.heldout": "0.2"}
+    text = " ".join(text for _, text in planned(folder, changes).lines())
+    assert "READ 3.0 TIMES" in text and "HELD OUT" not in text
+    (tmp_path / "one.txt").write_text("the old cat sat " * 400, encoding="utf-8")
+    for changes in ({"data.heldout": "0"}, {"data.source": str(tmp_path / "one.txt")}):
+        assert "NOTHING IS HELD OUT" in str(list(planned(folder, changes).lines()))
+
+
+@pytest.mark.parametrize("site", ["mlp_act", "mlp_in", "resid_pre"])
+def test_the_memory_counts_the_text_and_the_activations_as_they_arrive(
+    folder: Path, site: str
+) -> None:
+    point = f"layers.1.{site}"
+    made = planned(folder, {"hookpoints": point, "model.dtype": "bfloat16"})
+    rows = next(made.source.train(4, repeat=False))
+    (acts,) = read(made.lm.model, made.hookpoints, rows, made.dtype)[0].values()
+    pool = 512 * (acts.shape[1] * acts.element_size() + 2 * 8)
+    assert made.pool_bytes() == pool
+    kept = [row for side in (True, False) for row in made.source._kept[side].tokens]
+    text = sum(row.nbytes * 3 + len(row) for row in kept)
+    weights = sum(p.nbytes for p in made.lm.model.parameters())
+    assert made.memory_bytes() == weights + text + pool + 4 * made.sae_bytes()
 
 
 @pytest.mark.parametrize("changes", [{}, RELU], ids=["topk", "relu_l1"])
@@ -117,6 +149,29 @@ def test_weights_to_start_from_must_be_of_the_same_kind_and_size(
         planned(folder, {"init_from": str(tmp_path / "other")})
     for words in ("d_sae 40, not 48", "subtract_b_dec False, not True", "relu_l1, not topk"):
         assert words in str(caught.value)
+
+
+def test_weights_to_start_from_must_be_of_the_same_place(folder: Path, tmp_path: Path) -> None:
+    lm = planned(folder).lm
+
+    def start(**metadata: str | None) -> str:
+        SparseAutoencoder(24, 48, TopK(4)).save_pretrained(tmp_path / "sae", metadata)
+        return planned(folder, {"init_from": str(tmp_path / "sae")}).config.init_from or ""
+
+    assert start(model=lm.name, revision=None, hookpoint="layers.1.mlp_act")
+    assert start(model="before/it/moved", revision=lm.revision)
+    with pytest.raises(ConfigError, match="is of the model gpt2, not of"):
+        start(model="gpt2", revision=None)
+    with pytest.raises(ConfigError, match=r"is of layers.0.mlp_act, not of layers.1.mlp_act"):
+        start(model=lm.name, hookpoint="layers.0.mlp_act")
+
+
+def test_a_torch_that_does_not_tell_of_bf16_computes_in_float32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.delattr(torch.cpu, name)
+    assert planning.pick_dtype("auto", torch.device("cpu")) == torch.float32
 
 
 def test_devices_and_types() -> None:

@@ -54,6 +54,24 @@ def test_an_sae_that_is_not_there_is_named(run: Path, name: str, words: str) -> 
         runs.open_run(run, name)
 
 
+def test_a_model_or_text_that_has_changed_is_told_and_noted(tmp_path: Path) -> None:
+    folder = save(tmp_path)
+    run = training.train(planned(folder, {"hookpoints": "layers.*.mlp_act"}))
+    (folder / "texts" / "0.txt").write_text("another text " * 40, encoding="utf-8")
+    with pytest.warns(UserWarning, match="THE TEXT HAS CHANGED") as told:
+        opened = runs.open_run(run, device="cpu")
+    assert len(told) == 1 and opened.inputs.source.fingerprint in str(told[0].message)
+    runs.evaluate_run(opened)
+    written = json.loads((Run(run).sae("layers.0.mlp_act") / "eval.json").read_text("utf-8"))
+    assert written["changes"] == opened.changes
+    model = opened.inputs.lm.model
+    model.get_parameter("transformer.wte.weight").mul_(2)
+    model.save_pretrained(folder / "model")
+    with pytest.warns(UserWarning) as told:
+        runs.open_run(run, device="cpu")
+    assert ["MODEL" in str(w.message) for w in told] == [True, False]
+
+
 def test_broken_runs_say_what_is_missing(copy: Path) -> None:
     sae = Run(copy).sae("layers.0.mlp_act")
     store.write_manifest(sae)

@@ -44,7 +44,7 @@ def write_card(folder: Path, suffix: str, manifest: Mapping[str, Any], note: str
     names = ("hookpoint", "model", "d_sae", "tokens")
     text = _TEXT.format(note=note, **{name: manifest.get(name, "?") for name in names})
     front = yaml.safe_dump(head, sort_keys=False)
-    (folder / "README.md").write_text(f"---\n{front}---\n{text}")
+    (folder / "README.md").write_text(f"---\n{front}---\n{text}", encoding="utf-8")
 
 
 def is_plain(field: pa.Field) -> bool:

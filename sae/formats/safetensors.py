@@ -15,9 +15,6 @@ from sae.records import check_features
 from sae.sparsity import make_sparsity
 from sae.store import MANIFEST, WEIGHTS, check_files, read_manifest, sha256, staged, write_json
 
-_COMPETING = frozenset({"topk", "batch_topk"})
-"""Kinds in which a feature is active only where it beats the others."""
-
 
 def write(sae_folder: Path, out: Path, features: list[int] | None = None) -> None:
     """Write sae.safetensors and cfg.yaml to the new folder `out`, which `from_pretrained` reads.
@@ -59,7 +56,7 @@ def _select(sae_folder: Path, features: list[int]) -> SparseAutoencoder:
     """An autoencoder with some features of another, in which each fires as before."""
     sae = SparseAutoencoder.from_pretrained(sae_folder)
     check_features(features, sae.d_sae)
-    if sae.sparsity.kind in _COMPETING:
+    if sae.sparsity.kind == "topk":
         raise FormatError(
             f"--feature: in a {sae.sparsity.kind} autoencoder features compete, so some of them "
             "alone would fire differently; export all, or use --format parquet"
