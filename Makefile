@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN = .venv/bin/python
 
-.PHONY: install quickstart test check format
+.PHONY: install quickstart test check format faults faults-long
 
 install: .venv/installed
 
@@ -16,6 +16,12 @@ quickstart: install
 
 test: install
 	$(RUN) -m pytest -n 2
+
+faults: install
+	PYTHONPATH=tests $(RUN) -m faults
+
+faults-long: install
+	PYTHONPATH=tests $(RUN) -m faults --long
 
 check: install
 	$(RUN) -m ruff format --check .

@@ -80,15 +80,24 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def initialise(
-        self, b_dec: Float[Tensor, " d_out"] | None = None, generator: torch.Generator | None = None
+        self,
+        b_dec: Float[Tensor, " d_out"] | None = None,
+        generator: torch.Generator | None = None,
+        examples: Float[Tensor, "n d_out"] | None = None,
     ) -> None:
         """Decoder rows of random direction and norm 0.1, W_enc their transpose, biases 0.
 
         `b_dec`: the mean of the data. Without a CPU `generator` the weights are those of seed 0.
-        Where d_out ≠ d_in the encoder gets directions of its own.
+        The first n features take the directions of `examples` from b_dec. Where d_out ≠ d_in the
+        encoder gets directions of its own.
         """
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         self.W_dec.copy_(_directions(self.d_sae, self.d_out, generator))
+        if examples is not None:
+            towards = examples[: self.d_sae] - (0 if b_dec is None else b_dec)
+            norms = torch.linalg.vector_norm(towards, dim=-1, keepdim=True)
+            rows = self.W_dec[: len(towards)]
+            rows.copy_(torch.where(norms > 0, DECODER_NORM * towards / norms, rows))
         if self.d_in == self.d_out:
             self.W_enc.copy_(self.W_dec.T)
         else:

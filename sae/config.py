@@ -160,6 +160,9 @@ class SAEConfig(Settings):
     """Number of features, 1e3 to 1e6; overrides expansion_factor."""
     subtract_b_dec: Switch = True
     """Subtract the decoder bias from the input before encoding."""
+    init: Literal["random", "data"] = "random"
+    """Directions to start from: random ones, or those of tokens from the mean; data leaves fewer
+    features dead under topk, at a little more error."""
     sparsity: ReluL1Config | TopKConfig = Field(default=ReluL1Config(), discriminator="kind")
     """What keeps the features sparse: relu_l1 (an L1 penalty) or topk (the k largest)."""
 

@@ -47,8 +47,10 @@ class Learner:
         self.norm = torch.zeros(())
 
     @classmethod
-    def begin(cls, plan: Plan, point: Hookpoint, statistics: Statistics) -> "Learner":
-        """A new SAE with b_dec at the mean, or that of `init_from`."""
+    def begin(
+        cls, plan: Plan, point: Hookpoint, statistics: Statistics, examples: Batch | None = None
+    ) -> "Learner":
+        """A new SAE, b_dec at the mean, directions those of `examples`; or that of `init_from`."""
         config, d_in = plan.config, plan.widths[point]
         if config.init_from is not None:
             folder = locate(config.init_from, str(point))
@@ -58,7 +60,9 @@ class Learner:
             sae.sparsity = sparsity_of(config)
             return cls(plan, sae, scale)
         learner = cls(plan, _empty(plan, d_in), statistics.scale)
-        learner.sae.initialise(statistics.mean * statistics.scale, learner.generator)
+        scale = statistics.scale
+        towards = None if examples is None else examples.y.float() * scale
+        learner.sae.initialise(statistics.mean * scale, learner.generator, towards)
         return learner
 
     @classmethod

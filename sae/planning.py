@@ -1,6 +1,7 @@
 """Everything that can be known, and can fail, before training: model, text, widths, needs."""
 
 import os
+import platform
 import re
 import shutil
 import time
@@ -164,13 +165,25 @@ def environment(plan: Plan) -> dict[str, Any]:
     cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
-        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cpu": f"{_processor()} {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
         "dtype": str(plan.dtype),
         "model": f"{plan.lm.name} {plan.lm.revision or ''}".strip(),
         "text": plan.source.fingerprint,
         **versions(),
     }
+
+
+def _processor() -> str:
+    """The model of CPU: libraries choose their code by it, and so the order of sums."""
+    try:
+        first = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0]
+    except (OSError, UnicodeDecodeError):
+        return platform.processor() or platform.machine()
+    lines = (line.partition(":") for line in first.splitlines())
+    fields = {name.strip(): value.strip() for name, _, value in lines}
+    wanted = ("model name", "cpu family", "model", "CPU part")
+    return " ".join(fields[name] for name in wanted if name in fields)
 
 
 def estimate(plan: Plan) -> list[tuple[str, str]]:

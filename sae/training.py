@@ -81,7 +81,7 @@ def train(
                 if (due or training.ended() or not finite) and not training.healthy():
                     training = training.gone_back(log)
                     continue
-                if finite and (training.steps % LOG_EVERY_STEPS == 1 or training.ended()):
+                if finite and ((training.steps - 1) % LOG_EVERY_STEPS == 0 or training.ended()):
                     rows = training.metrics(batches, stats)
                     log.write(training, rows)
                     report(training.tokens, rows)
@@ -142,8 +142,13 @@ class Training:
         if saved:
             parts = ((p, saved.part(folder_name(str(p)))) for p in plan.hookpoints)
             return {point: Learner.restored(plan, point, part) for point, part in parts}
-        found = self.stream.statistics()
-        return {point: Learner.begin(plan, point, found[point]) for point in plan.hookpoints}
+        found, sae = self.stream.statistics(), plan.config.sae
+        most = max(sae.width(d_in) for d_in in plan.widths.values())
+        tokens = self.stream.peek(min(most, len(self.stream))) if sae.init == "data" else {}
+        return {
+            point: Learner.begin(plan, point, found[point], tokens.get(point))
+            for point in plan.hookpoints
+        }
 
     @property
     def seconds(self) -> float:

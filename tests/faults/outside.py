@@ -1,6 +1,7 @@
 """What lies outside the process: Weights & Biases, the network, and the memory of the machine."""
 
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -86,5 +87,16 @@ def flaky_server(bench: Bench) -> Iterator[Outcome]:
 
 
 def scan_memory(bench: Bench) -> Iterator[Outcome]:
-    """F10."""
-    yield None, "not yet"
+    """F10: the scan at d_in 512 from 4k to 16k features (64k in the long column): peak memory above
+    the model and the weights within the budget, and at most 1.5 times that of 4k."""
+    wide = 65_536 if bench.long else 16_384
+    script = Path(__file__).parents[2] / "scripts" / "measure_scan_memory.py"
+    command = [sys.executable, str(script), "--d-sae", "4096", str(wide)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    rows = [line.split() for line in done.stdout.splitlines()[1:]]
+    peaks = [float(peak.replace(",", "")) for _, _, peak, _ in rows]
+    if done.returncode or len(peaks) != 2:
+        yield False, f"it was not measured: {done.stderr[-150:]}"
+        return
+    yield max(peaks) <= 1000, f"{max(peaks):.0f} MB, more than the budget of 1,000"
+    yield peaks[1] <= 1.5 * peaks[0], f"{peaks[0]:.0f} MB at 4,096, {peaks[1]:.0f} at {wide:,}"
