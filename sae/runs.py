@@ -99,21 +99,25 @@ def evaluate_run(
     ks: tuple[int, ...] = (),
     progress: Progress | None = None,
 ) -> dict[Hookpoint, Evaluation]:
-    """Evaluate every opened SAE on held-out text and write eval.json beside its weights."""
-    found = evaluate(
-        opened.inputs.lm.model,
-        opened.autoencoders(),
-        opened.rows(heldout=True),
-        n_tokens=n_tokens or opened.config.data.eval_tokens,
-        ks=ks,
-        baselines=True,
-        progress=progress,
-    )
-    for point, evaluation in found.items():
-        folder = opened.folders[point]
-        result = {"sae_sha256": store.sha256(folder / store.WEIGHTS)} | _origin(opened)
-        result |= {"changes": opened.changes} if opened.changes else {}
-        store.write_result(folder, "eval.json", result | evaluation.to_dict())
+    """Evaluate every opened SAE on held-out text and write eval.json beside its weights.
+
+    Raises RunError where another process writes the run.
+    """
+    with store.locked(opened.run.path):
+        found = evaluate(
+            opened.inputs.lm.model,
+            opened.autoencoders(),
+            opened.rows(heldout=True),
+            n_tokens=n_tokens or opened.config.data.eval_tokens,
+            ks=ks,
+            baselines=True,
+            progress=progress,
+        )
+        for point, evaluation in found.items():
+            folder = opened.folders[point]
+            result = {"sae_sha256": store.sha256(folder / store.WEIGHTS)} | _origin(opened)
+            result |= {"changes": opened.changes} if opened.changes else {}
+            store.write_result(folder, "eval.json", result | evaluation.to_dict())
     return found
 
 
@@ -124,18 +128,22 @@ def scan_run(
     scan_settings: ScanSettings | None = None,
     progress: Progress | None = None,
 ) -> dict[Hookpoint, Path]:
-    """Scan training text and write the feature dictionary of every opened SAE."""
-    written = scan(
-        opened.inputs.lm.model,
-        opened.inputs.lm.tokenizer,
-        {str(point): folder for point, folder in opened.folders.items()},
-        opened.rows(heldout=False),
-        n_tokens,
-        source=_origin(opened),
-        settings=scan_settings,
-        dtype=pick_dtype(opened.config.model.dtype, opened.inputs.device),
-        progress=progress,
-    )
+    """Scan training text and write the feature dictionary of every opened SAE.
+
+    Raises RunError where another process writes the run.
+    """
+    with store.locked(opened.run.path):
+        written = scan(
+            opened.inputs.lm.model,
+            opened.inputs.lm.tokenizer,
+            {str(point): folder for point, folder in opened.folders.items()},
+            opened.rows(heldout=False),
+            n_tokens,
+            source=_origin(opened),
+            settings=scan_settings,
+            dtype=pick_dtype(opened.config.model.dtype, opened.inputs.device),
+            progress=progress,
+        )
     return {point: written[str(point)] for point in opened.folders}
 
 

@@ -11,24 +11,22 @@ import sys
 from pathlib import Path
 
 from sae import cli
+from sae.store import read_manifest
 
 CONFIGS = Path("configs")
 RUNS = Path("checkpoints/results")
 
 
 def evaluated(config: Path) -> dict:
-    """The run's eval.json; trains and evaluates where there is none."""
+    """The run's eval.json; trains (or goes on training) and evaluates where there is none."""
     run = RUNS / config.stem
-    if not (run / "manifest.json").is_file():
-        code = cli.main(["train", str(config), "--output", str(run)])
-        if code:
-            sys.exit(code)
     files = list(run.glob("saes/*/eval.json"))
     if not files:
-        cli.main(["evaluate", str(run)])
+        train = ["train", str(config), "--output", str(run), "--resume", "auto"]
+        if code := cli.main(train) or cli.main(["evaluate", str(run)]):
+            sys.exit(code)
         files = list(run.glob("saes/*/eval.json"))
-    seconds = json.loads((run / "manifest.json").read_text())["seconds"]
-    return json.loads(files[0].read_text()) | {"seconds": seconds}
+    return json.loads(files[0].read_text()) | {"seconds": read_manifest(run)["seconds"]}
 
 
 def estimate(number: dict, digits: int = 3) -> str:

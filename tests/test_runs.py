@@ -145,3 +145,12 @@ def runs_activations(model, point: Hookpoint, ids: torch.Tensor) -> torch.Tensor
     with torch.no_grad(), capture(model, [point]) as acts:
         model(ids)
     return acts[point][0]
+
+
+def test_a_run_that_another_process_writes_is_left_alone(copy: Path) -> None:
+    opened = runs.open_run(copy)
+    with store.locked(copy):
+        for verb in (runs.evaluate_run, runs.scan_run):
+            with pytest.raises(RunError, match="written by another process"):
+                verb(opened, n_tokens=100)
+    assert not list(copy.glob("saes/*/eval.json")) and not list(copy.glob("saes/*/features"))

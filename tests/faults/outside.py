@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from faults import hub
 from faults.tools import STEP, Bench, Outcome, equal, forked, go_on, waited, weights
 from sae import training
 from sae.planning import Plan
@@ -82,8 +83,15 @@ BROKEN: dict[str, tuple[str, Callable[[Path], None]]] = {
 
 
 def flaky_server(bench: Bench) -> Iterator[Outcome]:
-    """F13."""
-    yield None, "there is no server here that could stand in for the Hub"
+    """F13: a Hub that answers 429, 500, 503 or 408, slowly, or half: all of the text, or words."""
+    times = range(1, 17 if bench.long else 4)
+    names = [f"me/{kind}-{n}" for n in times for kind in hub.KINDS] + ["me/429-999", "me/503-999"]
+    found = hub.read_all(names, seconds=3000)
+    for name in names:
+        how, what = found.get(name, ("", "it crashed"))
+        whole = how == "read" and what == hub.digest(hub.TEXTS)
+        told = how == "refused" and len(what.splitlines()) <= 3
+        yield whole or told, f"{name}: {what[:150]}"
 
 
 def scan_memory(bench: Bench) -> Iterator[Outcome]:
