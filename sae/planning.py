@@ -70,6 +70,7 @@ class Plan(Inputs):
             yield "", f"so the text is READ {config.tokens / available:.1f} TIMES (data.repeat)"
         if self.source.heldout_available == 0:
             yield "", "NOTHING IS HELD OUT, so sae evaluate will have no text; see data.heldout"
+        yield "pool", f"{config.optim.pool:,} tokens are read before the first step"
         yield "memory", f"about {self.memory_bytes() / 1e9:.2f} GB beside the libraries"
         kept = (config.checkpoint.keep + 1) * self.checkpoint_bytes() / 1e6
         yield "disk", f"{self.sae_bytes() / 1e6:.0f} MB in {self.output}"

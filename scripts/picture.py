@@ -5,6 +5,8 @@ python scripts/picture.py checkpoints/quickstart docs/features.svg --limit 14
 
 import argparse
 import io
+import re
+from pathlib import Path
 
 from rich.console import Console
 
@@ -25,7 +27,9 @@ def main() -> None:
         color_system="truecolor", markup=False, highlight=False,
     )  # fmt: skip
     console.print(feature_table(dictionary, dictionary.sample(args.limit, 0), console))
-    console.save_svg(args.svg, title=f"sae top {args.run} --sample 0 --limit {args.limit}")
+    svg = console.export_svg(title=f"sae top {args.run} --sample 0 --limit {args.limit}")
+    svg = re.sub(r"@font-face \{.*?\}\n?", "", svg, flags=re.DOTALL)  # fonts from a server
+    Path(args.svg).write_text(svg, encoding="utf-8")
 
 
 if __name__ == "__main__":

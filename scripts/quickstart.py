@@ -26,6 +26,7 @@ from sae.runs import OpenRun, open_run
 from sae.sparsity import make_sparsity
 from sae.store import Run
 
+OUTPUT = "checkpoints/quickstart"
 SEED = 0
 DRAWN = 20
 EXAMPLES = 10
@@ -84,10 +85,10 @@ def run_verb(*args: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", default="checkpoints/quickstart")
+    parser.add_argument("--output", default=OUTPUT)
     output = parser.parse_args().output
-    if (Path(output) / "saes").is_dir():
-        shutil.rmtree(output)  # our own earlier quickstart
+    if output == OUTPUT:  # an earlier quickstart; another folder may be somebody's work
+        shutil.rmtree(output, ignore_errors=True)
     start = time.perf_counter()
     run_verb("train", "configs/quickstart.yaml", "--output", output)
     trained = time.perf_counter()
