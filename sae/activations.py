@@ -132,7 +132,7 @@ class ActivationStream:
         self._model, self._hookpoints, self._dtype = model, hookpoints, dtype
         self._tokens, self._batch, self._pool = tokens, batch, pool
         self._generator, self._max_norm = generator, max_norm
-        self._passes = forward_passes()
+        self.passes = forward_passes()
         self.stop: Callable[[], bool] = lambda: False
         self.reading = Reading()
         self._order = torch.empty(0, dtype=torch.long)
@@ -271,7 +271,7 @@ class ActivationStream:
         rows = next(self._tokens, None)
         if rows is None:
             return None
-        acts, source = read(self._model, self._hookpoints, rows, self._dtype, self._passes)
+        acts, source = read(self._model, self._hookpoints, rows, self._dtype, self.passes)
         ordinary = self._ordinary(acts)
         was = self.reading
         self.reading = Reading(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sae import kernels, language_model
+from sae import checkpoint, kernels, language_model
 from sae.activations import read
 from sae.autoencoder import SparseAutoencoder, locate, read_config
 from sae.config import TrainConfig, run_name
@@ -297,9 +297,7 @@ def _refuse_output(output: Path) -> None:
         if output.is_dir():
             taken = any(entry.name != LOCK for entry in output.iterdir())
         if taken or (output.exists() and not output.is_dir()):
-            raise RunError(
-                f"output: {output} exists already; give --output another folder, or delete it"
-            )
+            raise RunError(f"output: {output} exists already; {_way_out(output)}")
         above = next(p for p in (output, *output.absolute().parents) if p.exists())
     except OSError as error:  # a name too long, a folder that may not be listed
         raise RunError(f"output: {output} cannot be used ({error.strerror})") from None
@@ -307,6 +305,12 @@ def _refuse_output(output: Path) -> None:
         raise RunError(f"output: {above} is a file, not a folder; give --output another folder")
     if not os.access(above, os.W_OK | os.X_OK):
         raise RunError(f"output: {above} cannot be written to; give --output another folder")
+
+
+def _way_out(output: Path) -> str:
+    if (output / checkpoint.FOLDER).is_dir():
+        return f"go on with that run by --resume {output}, or give --output another folder"
+    return "give --output another folder, or delete it"
 
 
 def _check_pool(config: TrainConfig) -> None:

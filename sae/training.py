@@ -113,6 +113,7 @@ class Training:
         self.streak: int = facts.get("streak", 0)
         self.logged: dict[str, int] = facts.get("logged", {})
         self.returns = 0
+        self._ran_out: bool = facts.get("memory_ran_out", False)
         self._before: float = facts.get("seconds", 0.0)
         self._started = self._saved_at = time.perf_counter()
         self._saved_tokens = self.tokens
@@ -154,6 +155,12 @@ class Training:
     def seconds(self) -> float:
         """Time spent on the run, over all interruptions."""
         return self._before + time.perf_counter() - self._started
+
+    @property
+    def memory_ran_out(self) -> bool:
+        """Whether work was ever split to fit into memory; the last bits may then be others."""
+        splits = [self.stream.passes, *(each.chunk for each in self.learners.values())]
+        return self._ran_out or any(split.halved for split in splits)
 
     @property
     def done(self) -> float:
@@ -229,6 +236,7 @@ class Training:
             "steps": self.steps,
             "skipped": self.skipped,
             "streak": self.streak,
+            "memory_ran_out": self.memory_ran_out,
             "seconds": round(self.seconds, 1),
             "logged": log.sizes(),
             "config": config.model_dump(mode="json"),
@@ -253,7 +261,13 @@ class Training:
             examples = self.stream.peek(2 * fingerprint.ROWS)  # twice, should some not be finite
             for point, learner in self.learners.items():
                 save(self.plan, point, learner, examples[point], self.tokens, ended)
-        facts = {"tokens": self.tokens, "ended": ended, "seconds": round(self.seconds, 1)}
+        facts = {
+            "tokens": self.tokens,
+            "ended": ended,
+            "seconds": round(self.seconds, 1),
+            "skipped": self.skipped,
+            "memory_ran_out": self.memory_ran_out,
+        }
         store.write_manifest(self.plan.output, facts)
         if ended in (COMPLETE, TEXT_ENDED):
             checkpoint.remove(self.plan.output)

@@ -31,6 +31,7 @@ from sae.hooks import Hookpoint
 from sae.kernels import relu_l1_step, topk_step
 from sae.memory import MicroBatch, is_out_of_memory
 from sae.sparsity import ReluL1, Sparsity, TopK
+from sae.store import read_manifest
 
 OURS = "memory ran out"
 
@@ -233,6 +234,8 @@ def test_a_run_short_of_memory_ends_like_one_that_is_not(
     with one_warning():
         found = trained(folder, tmp_path / "short", changes, room if where == "model" else None)
     assert 0 < room.refused <= 3 and room.largest <= room.most
+    said = [read_manifest(tmp_path / name)["memory_ran_out"] for name in ("roomy", "short")]
+    assert said == [False, True]
     assert len(found) == len(wanted)
     for ours, theirs in zip(found, wanted, strict=True):
         for name in ("fvu", "l0"):

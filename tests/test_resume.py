@@ -241,6 +241,10 @@ def test_what_cannot_be_resumed(
     code, err = said(capsys, "--resume", run, "--optim.lr", "0.1", "--seed", "7")
     assert code == 2 and "optim.lr: 0.1 came, the run to resume has 0.002" in err
     assert "seed: 7 came, the run to resume has 0" in err and err.count("\n") == 2
+    code, err = said(
+        capsys, *(f"--{k}={v}" for k, v in overrides(folder).items()), f"--output={run}"
+    )
+    assert code == 2 and f"go on with that run by --resume {run}" in err
     code, err = said(capsys, "--resume", str(tmp_path / "nowhere"))
     assert code == 2 and "no such folder" in err
     complete = trained(folder, tmp_path / "complete")
