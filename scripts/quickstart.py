@@ -1,4 +1,4 @@
-"""Train, evaluate, scan and read an SAE on the bundled model; about five minutes on two cores.
+"""Train, evaluate, scan and read an SAE on the bundled model; about four minutes on two cores.
 
     python scripts/quickstart.py [--output checkpoints/quickstart]
 
