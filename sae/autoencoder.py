@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
@@ -21,7 +19,7 @@ from sae.errors import ConfigError, FormatError, RunError, suggest
 from sae.fingerprint import FINGERPRINT
 from sae.sparsity import Sparsity, make_sparsity
 from sae.store import WEIGHTS, Run, check_files, write_atomic
-from sae.untrusted import read_header, read_limited
+from sae.untrusted import read_limited
 
 FORMAT = 1
 CONFIG = "cfg.yaml"
@@ -338,11 +336,7 @@ def _read_tensors(file: Path, model: SparseAutoencoder) -> dict[str, Tensor]:
     """The tensors of `file`, exactly those of `model` by name, shape and type, or FormatError."""
     if not file.is_file():
         raise FormatError(f"{file.parent}: {WEIGHTS} is missing; copy it along with {CONFIG}")
-    read_header(file)
-    try:
-        tensors = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise FormatError(f"{file} is damaged or no safetensors file: {error}") from None
+    tensors = fingerprint.load(file)
     expected = model.state_dict()
     wrong = [f"missing {name}" for name in expected if name not in tensors]
     wrong += [

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -85,9 +86,18 @@ def read(folder: Path, sae: Any) -> Fingerprint | None:
             f"{file} does not fit inputs of width {d_in} and outputs of width {d_out}; "
             "take all files from one save"
         )
-    tensors = load_file(file)
+    tensors = load(file)
     numbers = {k: tensors[k].item() if k in tensors else None for k in ("l0", "fvu", "scale")}
     return Fingerprint(tensors["x"], tensors.get("y"), tensors["recon"], **numbers)  # pyright: ignore
+
+
+def load(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; FormatError where it is damaged, or vanishes meanwhile."""
+    read_header(file)
+    try:
+        return load_file(file)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise FormatError(f"{file} is damaged or no safetensors file: {error}") from None
 
 
 def check(folder: Path, sae: Any, scale: object = None) -> Fingerprint | None:

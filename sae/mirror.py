@@ -46,7 +46,7 @@ def open_mirror(config: TrainConfig, folder: Path) -> Mirror:
                 dir=str(folder),
                 name=folder.name,
                 config=config.model_dump(mode="json"),
-                settings=wandb.Settings(silent=True, console="off", init_timeout=10),
+                settings=wandb.Settings(silent=True, console="off", init_timeout=6),
             )
         )
     except Exception as error:  # not installed, no key, no network, no room: see Mirror

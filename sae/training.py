@@ -66,35 +66,42 @@ def train(
     with store.locked(run):
         training = Training(plan, resume)
         _prepare(plan, anew=resume is None)
-        with stop, Log(plan, training) as log:
-            while (ended := stop.reason() or training.ended()) is None:
-                batches = training.draw(stop=lambda: stop.reason() is not None)
-                if batches is None:
-                    continue  # the condition above knows why
-                stats = training.gradients(batches)
-                finite = training.finite(stats)
-                if finite:
-                    training.apply(batches, stats)
-                else:
-                    training.skip(batches, log)
-                due = training.checkpoint_due()
-                if (due or training.ended() or not finite) and not training.healthy():
-                    training = training.gone_back(log)
-                    continue
-                if finite and ((training.steps - 1) % LOG_EVERY_STEPS == 0 or training.ended()):
-                    rows = training.metrics(batches, stats)
-                    log.write(training, rows)
-                    report(training.tokens, rows)
-                if due:
-                    training.save(log)
-            if ended == NOT_FINITE:
-                training = training.gone_back(log)
-            elif ended != COMPLETE and training.healthy():
-                training.save(log)
-        training.finish(ended)
+        with stop:
+            with Log(plan, training) as log:
+                training, ended = _steps(training, log, stop, report)
+            training.finish(ended)
     if ended == NOT_FINITE:
         raise _gave_up(training)
     return run
+
+
+def _steps(training: "Training", log: "Log", stop: Stop, report: Report) -> tuple["Training", str]:
+    """One step a batch until something ends it; returns where that leaves the run, and why."""
+    while (ended := stop.reason() or training.ended()) is None:
+        batches = training.draw(stop=lambda: stop.reason() is not None)
+        if batches is None:
+            continue  # the condition above knows why
+        stats = training.gradients(batches)
+        finite = training.finite(stats)
+        if finite:
+            training.apply(batches, stats)
+        else:
+            training.skip(batches, log)
+        due = training.checkpoint_due()
+        if (due or training.ended() or not finite) and not training.healthy():
+            training = training.gone_back(log)
+            continue
+        if finite and ((training.steps - 1) % LOG_EVERY_STEPS == 0 or training.ended()):
+            rows = training.metrics(batches, stats)
+            log.write(training, rows)
+            report(training.tokens, rows)
+        if due:
+            training.save(log)
+    if ended == NOT_FINITE:
+        training = training.gone_back(log)
+    elif ended != COMPLETE and training.healthy():
+        training.save(log)
+    return training, ended
 
 
 class Training:

@@ -18,6 +18,7 @@ from sae.activations import ActivationStream
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import RunError, SAEError
 from sae.planning import Plan
+from sae.stopping import Stop
 
 LONGER = {"tokens": str(96 * STEP), "hookpoints": "layers.*.mlp_act"}
 
@@ -131,7 +132,8 @@ def signals(bench: Bench) -> Iterator[Outcome]:
 
 def _exiting(plan: Plan, seconds: float | None) -> None:
     """Train as the command line does, and leave with its exit codes."""
-    go_on(plan, max_seconds=seconds)
+    with Stop():  # what comes before the first step or behind the last is noted
+        go_on(plan, max_seconds=seconds)
     ended = store.read_manifest(plan.output)["ended"]
     os._exit({"SIGTERM": 143, "SIGINT": 130}.get(ended, 0))
 
