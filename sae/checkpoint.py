@@ -54,7 +54,8 @@ def write(run: Path, tokens: int, parts: Parts, facts: Mapping[str, Any], keep: 
     needed = sum(t.numel() * t.element_size() for part in parts.values() for t in part.values())
     if _free(steps) < needed:
         _prune(steps, keep=1)
-    _check_room(steps, needed)
+    if _free(steps) < needed:
+        raise _no_room(steps, needed, "was not written")
     try:
         with store.staged(steps / str(tokens), extra=facts, overwrite=True) as folder:
             for name, tensors in parts.items():
@@ -111,11 +112,6 @@ def _sweep(steps: Path) -> None:
 
 def _free(folder: Path) -> int:
     return shutil.disk_usage(folder).free
-
-
-def _check_room(steps: Path, needed: int) -> None:
-    if _free(steps) < needed:
-        raise _no_room(steps, needed, "was not written")
 
 
 def _no_room(steps: Path, needed: int, what: str) -> RunError:

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from planted import D_SAE, DEAD, SITE, Planted, planted
+from planted import D_SAE, DEAD, SITE, Planted
 from rich.cells import cell_len
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
@@ -33,16 +33,6 @@ from sae.terminal import (
 
 ALIVE = 30
 NASTY = "\x1b[31m\x07[bold]\u202e\u200b:smile:\n\x9b2J\x7f\u2066\u200d\ud800\u2028\ufeff\r\x08"
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Planted:
-    return planted(tmp_path_factory.mktemp("run"))
-
-
-@pytest.fixture(scope="module")
-def dictionary(made: Planted) -> FeatureDictionary:
-    return FeatureDictionary(made.folder / "features")
 
 
 def console(width: int = 100, colour: bool = False) -> Console:
