@@ -145,6 +145,11 @@ class TopKConfig(Settings):
     """The k largest features of each token."""
     k: Count = 16
     """Features active per token, 8 to 128; lower is sparser."""
+    k_start: Count | None = None
+    """Features active per token at the start of the training, k/4 to 4k; null keeps k throughout.
+    Fewer than k leave more features alive where k is large, as those found then stay in use."""
+    k_ramp: Fraction = 0.5
+    """Share of the tokens over which k_start goes to k in equal steps, 0.2 to 0.8."""
     auxk: Count | None = None
     """Dead features that rebuild the error left over, 128 to 4096; null takes d_in/2."""
     auxk_coef: NotNegative = 1 / 32
@@ -175,7 +180,7 @@ class SAEConfig(Settings):
 
     @model_validator(mode="after")
     def _fits(self) -> "SAEConfig":
-        for name in ("auxk", "k"):
+        for name in ("auxk", "k", "k_start"):
             amount = getattr(self.sparsity, name, None)
             if self.d_sae is not None and amount is not None and amount > self.d_sae:
                 raise _clash(f"sparsity.{name}", amount, "at most {other}", "d_sae", self.d_sae)
@@ -337,7 +342,7 @@ def run_name(config: TrainConfig) -> str:
     parts = [model, places, sparsity.kind, width]
     standard = TrainConfig()
     for now, default, names in (
-        (sparsity, type(sparsity)(), ("l1", "k")),
+        (sparsity, type(sparsity)(), ("l1", "k", "k_start", "k_ramp")),
         (config.optim, standard.optim, ("lr",)),
         (config, standard, ("tokens", "seed")),
     ):

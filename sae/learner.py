@@ -160,7 +160,7 @@ class Learner:
             self.sae,
             x,
             y,
-            sparsity.k,
+            moving(sparsity.k_start, sparsity.k, done, sparsity.k_ramp),
             auxk=auxk,
             auxk_coef=sparsity.auxk_coef * self.variance,  # both losses in the same unit
             dead=self._quietest_dead(AUXK_CANDIDATES * auxk),
@@ -204,6 +204,11 @@ class Learner:
 def warmed_up(done: float, share: float) -> float:
     """0 → 1 over the first `share` of the tokens."""
     return min(1.0, done / share) if share else 1.0
+
+
+def moving(start: int | None, end: int, done: float, share: float) -> int:
+    """`start` → `end` over the first `share` of the tokens; `end` throughout without a start."""
+    return end if start is None else round(start + (end - start) * warmed_up(done, share))
 
 
 def _empty(plan: Plan, d_in: int) -> SparseAutoencoder:

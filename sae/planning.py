@@ -342,10 +342,12 @@ def _check_saes(plan: Plan) -> None:
     config, sparsity = plan.config, plan.config.sae.sparsity
     for point, d_in in plan.widths.items():
         d_sae = config.sae.width(d_in)
-        if sparsity.kind == "topk" and sparsity.k > d_sae:
-            raise ConfigError(
-                f"sae.sparsity.k: {sparsity.k} came, wanted at most the {d_sae} features of {point}"
-            )
+        for name in ("k", "k_start"):
+            if (amount := getattr(sparsity, name, None) or 0) > d_sae:
+                raise ConfigError(
+                    f"sae.sparsity.{name}: {amount} came, wanted at most the {d_sae} features of "
+                    f"{point}"
+                )
         if config.init_from is not None:
             _check_start(plan, point, d_sae)
 

@@ -234,6 +234,10 @@ MISTAKES = {
         [TRAIN, "--sae.d_sae", "null", "--sae.expansion_factor", "0"], ["sae.expansion_factor: 0"],
     ),
     "k of 0": ([TRAIN, "--sae.sparsity.k", "0"], ["sae.sparsity.k: 0 came", "at least 1"]),
+    "k_start above d_sae": (
+        [TRAIN, "--sae.sparsity.k_start", "99"], ["sae.sparsity.k_start: 99", "(48)"],
+    ),
+    "k_ramp of 1": ([TRAIN, "--sae.sparsity.k_ramp", "1"], ["sae.sparsity.k_ramp: 1", "below 1"]),
     "auxk above d_sae": ([TRAIN, "--sae.sparsity.auxk", "99"], ["sae.sparsity.auxk: 99", "(48)"]),
     "hookpoint twice": (
         [TRAIN, "--hookpoints", "layers.1.mlp_act"], ["hookpoints: ", "each once"],

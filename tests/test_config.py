@@ -121,8 +121,8 @@ MISTAKES = [
     ),
     (
         "sae: {sparsity: topk}",
-        'sae.sparsity: "topk" came, wanted settings below it: kind, l1, l1_warmup, refit, k, auxk, '
-        "auxk_coef",
+        'sae.sparsity: "topk" came, wanted settings below it: kind, l1, l1_warmup, refit, k, '
+        "k_start, k_ramp, auxk, auxk_coef",
     ),
     (
         "sae: {d_sae: 4, sparsity: {kind: topk, k: 8}}",
@@ -372,9 +372,10 @@ def test_run_names_say_what_was_trained():
         "sae.d_sae": "4096",
         "sae.sparsity.kind": "topk",
         "sae.sparsity.k": "32",
+        "sae.sparsity.k_start": "8",
         "seed": "1",
     }
-    name = "pythia-70m-layers.all.mlp_out-and-1-more-topk-d4096-k_32-seed_1"
+    name = "pythia-70m-layers.all.mlp_out-and-1-more-topk-d4096-k_32-k_start_8-seed_1"
     assert run_name(resolve(None, changed)) == name
 
 

@@ -90,6 +90,7 @@ def test_durations_are_in_the_unit_people_use(seconds: float, words: str) -> Non
         ({"tokens": "1000000"}, DataError, "--data.repeat true"),
         ({"optim.pool": str(BATCH)}, ConfigError, f"at least {BATCH + 4 * CONTEXT}"),
         ({"sae.d_sae": "null", "sae.sparsity.k": "500"}, ConfigError, "192 features"),
+        ({"sae.d_sae": "null", "sae.sparsity.k_start": "500"}, ConfigError, "k_start: 500"),
         ({"sae.d_sae": "999999999999"}, ConfigError, "GB of memory"),
         ({"optim.pool": "99999999999999"}, ConfigError, "optim.pool: 99,999,999,999,999 tokens"),
         ({"device": "cuda:99"}, ConfigError, "give cpu or auto"),

@@ -24,7 +24,11 @@ from sae.store import Run, read_manifest, sha256
 
 BOTH = {"hookpoints": "layers.*.mlp_act"}
 EVERY = {"checkpoint.every_tokens": str(4 * BATCH)}
-KINDS = {"topk": {}, "relu_l1": RELU | {"optim.dead_after": "200"}}
+KINDS = {
+    "topk": {},
+    "moving topk": {"sae.sparsity.k_start": "2"},
+    "relu_l1": RELU | {"optim.dead_after": "200"},
+}
 
 
 @pytest.fixture(scope="module")

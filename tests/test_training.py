@@ -71,6 +71,24 @@ def test_loss_falls_and_the_log_is_complete(folder: Path, tmp_path: Path, change
     assert config.load(run / "config.yaml") == plan.config
 
 
+@pytest.mark.parametrize("k_start", [None, 1, 12])
+def test_k_goes_from_its_start_to_its_end(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, k_start: int | None
+) -> None:
+    """Over half of the tokens; at d_sae 48 more features are positive than k asks for."""
+    monkeypatch.setattr(training, "LOG_EVERY_STEPS", 1)
+    changes = {"sae.sparsity.k_start": k_start and str(k_start), "optim.lr": "1e-9"}
+    found = []
+    plan = planned(folder, changes | {"output": str(tmp_path / "run")})
+    training.train(plan, lambda _, rows: found.append(rows["layers.1.mlp_act"]["l0"]))
+    steps = TOKENS // BATCH
+    expected = [
+        round((k_start or 4) + (4 - (k_start or 4)) * min(1, 2 * step / steps))
+        for step in range(steps)
+    ]
+    assert found == expected
+
+
 def test_the_saved_weights_take_raw_activations(folder: Path, tmp_path: Path) -> None:
     """The stored SAE does on raw activations what the last logged step did on scaled ones."""
     from sae.activations import read
