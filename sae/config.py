@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -52,6 +53,13 @@ def _number(value: object) -> object:
     return value
 
 
+def _rising(value: tuple[float, float]) -> tuple[float, float]:
+    """Refuse a span that ends before it starts."""
+    if value[0] > value[1]:
+        raise ValueError("ends before it starts")
+    return value
+
+
 def _listed(value: object) -> object:
     """A lone text stands for a list of one."""
     return [value] if isinstance(value, str) else value
@@ -68,6 +76,11 @@ NotNegative = Annotated[_Float, Field(ge=0), Wanted("a number of at least 0")]
 Share = Annotated[_Float, Field(ge=0, le=1), Wanted("a share from 0 to 1")]
 Fraction = Annotated[_Float, Field(ge=0, lt=1), Wanted("a number from 0 to below 1")]
 Betas = Annotated[tuple[Fraction, Fraction], Wanted("two numbers, each from 0 to below 1")]
+Span = Annotated[
+    tuple[Share, Share],
+    AfterValidator(_rising),
+    Wanted("two shares from 0 to 1, the second not below the first"),
+]
 Switch = Annotated[bool, Wanted("true or false")]
 Text = Annotated[str, Field(pattern=r"\S"), Wanted("text, in quotes where it looks like a number")]
 Device = Annotated[
@@ -146,10 +159,11 @@ class TopKConfig(Settings):
     k: Count = 16
     """Features active per token, 8 to 128; lower is sparser."""
     k_start: Count | None = None
-    """Features active per token at the start of the training, k/4 to 4k; null keeps k throughout.
-    Fewer than k leave more features alive where k is large, as those found then stay in use."""
-    k_ramp: Fraction = 0.5
-    """Share of the tokens over which k_start goes to k in equal steps, 0.2 to 0.8."""
+    """Features active per token at first, k/4 to 4k; null keeps k throughout. Fewer than k leave
+    more features alive where k is large: those found then stay in use."""
+    k_ramp: Span = (0.8, 0.95)
+    """From which to which share of the tokens k_start goes to k in equal steps, such as 0.8 0.95
+    (while the learning rate falls) or 0 0.5."""
     auxk: Count | None = None
     """Dead features that rebuild the error left over, 128 to 4096; null takes d_in/2."""
     auxk_coef: NotNegative = 1 / 32

@@ -206,9 +206,12 @@ def warmed_up(done: float, share: float) -> float:
     return min(1.0, done / share) if share else 1.0
 
 
-def moving(start: int | None, end: int, done: float, share: float) -> int:
-    """`start` → `end` over the first `share` of the tokens; `end` throughout without a start."""
-    return end if start is None else round(start + (end - start) * warmed_up(done, share))
+def moving(start: int | None, end: int, done: float, span: tuple[float, float]) -> int:
+    """`start` → `end` from one share of the tokens to another; `end` throughout without a start."""
+    first, last = span
+    if start is None or done >= last:
+        return end
+    return round(start + (end - start) * max(0.0, done - first) / (last - first))
 
 
 def _empty(plan: Plan, d_in: int) -> SparseAutoencoder:

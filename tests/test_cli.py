@@ -237,7 +237,9 @@ MISTAKES = {
     "k_start above d_sae": (
         [TRAIN, "--sae.sparsity.k_start", "99"], ["sae.sparsity.k_start: 99", "(48)"],
     ),
-    "k_ramp of 1": ([TRAIN, "--sae.sparsity.k_ramp", "1"], ["sae.sparsity.k_ramp: 1", "below 1"]),
+    "k_ramp backwards": (
+        [TRAIN, "--sae.sparsity.k_ramp", "0.5", "0"], ["sae.sparsity.k_ramp: [0.5, 0] came"],
+    ),
     "auxk above d_sae": ([TRAIN, "--sae.sparsity.auxk", "99"], ["sae.sparsity.auxk: 99", "(48)"]),
     "hookpoint twice": (
         [TRAIN, "--hookpoints", "layers.1.mlp_act"], ["hookpoints: ", "each once"],
