@@ -137,7 +137,32 @@ class DataConfig(Settings):
     """Held-out tokens the evaluation reads, 1e5 to 1e7."""
 
 
-class ReluL1Config(Settings):
+@dataclass(frozen=True)
+class Moment:
+    """The settings of a sparsity that move, at one moment of the training."""
+
+    coef: float = 0.0
+    """What its penalty is multiplied by."""
+    k: int = 0
+    """Features active per token."""
+
+
+class SparsityConfig(Settings):
+    """Base of the settings of each kind of sparsity: which there are, and how they move."""
+
+    kind: Any  # narrowed by each class; here so that it comes first in files
+    """What keeps the features sparse."""
+
+    def at(self, done: float) -> Moment:
+        """The settings that move, once the share `done` of the tokens is trained on."""
+        return Moment()
+
+    def revival(self, d_in: int) -> tuple[int, float]:
+        """Dead features that the auxiliary loss takes for each token, and its coefficient."""
+        return 0, 0.0
+
+
+class ReluL1Config(SparsityConfig):
     """ReLU features under an L1 penalty weighted by decoder norms."""
 
     kind: Literal["relu_l1"] = "relu_l1"
@@ -150,12 +175,14 @@ class ReluL1Config(Settings):
     """Share of the tokens, at the end, that train the decoder alone and without penalty, which
     undoes the shrinkage the penalty causes, 0 to 0.2."""
 
+    def at(self, done: float) -> Moment:
+        """The coefficient, which rises from 0 over `l1_warmup`."""
+        return Moment(coef=self.l1 * warmed_up(done, self.l1_warmup))
 
-class TopKConfig(Settings):
-    """The k largest features of each token, no penalty."""
 
-    kind: Literal["topk"] = "topk"
-    """The k largest features of each token."""
+class KLargestConfig(SparsityConfig):
+    """Only the largest features are active; no penalty."""
+
     k: Count = 16
     """Features active per token, 8 to 128; lower is sparser."""
     k_start: Count | None = None
@@ -168,6 +195,21 @@ class TopKConfig(Settings):
     """Dead features that rebuild the error left over, 128 to 4096; null takes d_in/2."""
     auxk_coef: NotNegative = 1 / 32
     """Weight of the dead features' loss, 0.01 to 0.1; 0 switches it off."""
+
+    def at(self, done: float) -> Moment:
+        """k, which goes from `k_start` to `k` over `k_ramp`."""
+        return Moment(k=moving(self.k_start, self.k, done, self.k_ramp))
+
+    def revival(self, d_in: int) -> tuple[int, float]:
+        """`auxk` and its coefficient."""
+        return self.auxk or d_in // 2, self.auxk_coef
+
+
+class TopKConfig(KLargestConfig):
+    """The k largest features of each token."""
+
+    kind: Literal["topk"] = "topk"
+    """The k largest features of each token."""
 
 
 class SAEConfig(Settings):
@@ -312,6 +354,22 @@ def _clash(key: str, value: object, wanted: str, other: str, limit: object) -> P
     """Two settings that do not fit each other; their keys are relative to the group that checks."""
     context = {"key": key, "value": value, "wanted": wanted, "other": other, "limit": limit}
     return PydanticCustomError("clash", "{key} does not fit {other}", context)
+
+
+# Schedules
+
+
+def warmed_up(done: float, share: float) -> float:
+    """0 → 1 over the first `share` of the tokens."""
+    return min(1.0, done / share) if share else 1.0
+
+
+def moving(start: int | None, end: int, done: float, span: tuple[float, float]) -> int:
+    """`start` → `end` from one share of the tokens to another; `end` throughout without a start."""
+    first, last = span
+    if start is None or done >= last:
+        return end
+    return round(start + (end - start) * max(0.0, done - first) / (last - first))
 
 
 # For the command line

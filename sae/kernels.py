@@ -28,8 +28,7 @@ from torch import Tensor, nn
 # A ReLU batch goes the sparse way when fewer of its activations than this are active. On one
 # Zen 5 core both ways take the same time at 5 % (bf16 products, batch 2048, 512 → 4096).
 SPARSE_BELOW = 0.05
-_CHUNK = {"cpu": 512}
-_LARGEST_CHUNK = 8192
+_CHUNK, _LARGEST_CHUNK = {"cpu": 512}, 8192
 _SAMPLE = 64
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -51,14 +50,16 @@ class StepStats:
     loss: Float[Tensor, ""]
     mse: Float[Tensor, ""]
     """Mean over tokens of ‖recon − y‖²."""
-    l1: Float[Tensor, ""]
-    """Mean over tokens of Σ acts · ‖W_dec‖, without its coefficient; 0 for top-k."""
+    penalty: Float[Tensor, ""]
+    """The sparsity's penalty, mean over tokens, without its coefficient; 0 where it has none."""
     auxk: Float[Tensor, ""]
     """`losses.auxk`, without its coefficient; 0 where nothing is dead."""
     l0: Float[Tensor, ""]
     """Mean number of active features per token."""
     fired: Int[Tensor, " d_sae"]
     """How many tokens of the batch each feature was active on."""
+    cut: Float[Tensor, ""] | None = None
+    """What `Sparsity.cut` found, where the sparsity chooses over the whole batch."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class _Active:
 
 
 @dataclass
-class _Gradients:
+class Gradients:
     """fp32 gradients of the weights; W_enc's is transposed while it is summed up."""
 
     W_enc_T: Float[Tensor, "d_sae d_in"]
@@ -121,7 +122,7 @@ def relu_l1_step(
     if sparse_below is None:
         sparse_below = SPARSE_BELOW if x.device.type == "cpu" else 0.0
     if chunk is not None and chunk < len(x):
-        _forget_gradients(sae)
+        forget_gradients(sae)
     encoder = _Encoder(sae, x, chunk, matmul_dtype)
     norms = torch.linalg.vector_norm(sae.W_dec, dim=-1)
     if sparse_below and encoder.density() < sparse_below:
@@ -149,14 +150,20 @@ def topk_step(
     `matmul_dtype` as in `relu_l1_step`.
     """
     if chunk is not None and chunk < len(x):
-        _forget_gradients(sae)
+        forget_gradients(sae)
     encoder = _Encoder(sae, x, chunk, matmul_dtype)
     active = _join([_strongest(pre, k, start) for start, pre in encoder.chunks()])
-    aux = _Auxk(dead, auxk, auxk_coef, encoder.dtype) if dead is not None and auxk else None
+    aux = Auxk(dead, auxk, auxk_coef, encoder.dtype) if dead is not None and auxk else None
     return _sparse_step(sae, encoder.centred, y, active, chunk, aux=aux)
 
 
-def _forget_gradients(sae: Weights) -> None:
+def at_once(device: torch.device, chunk: int | None) -> int:
+    """Tokens of which anything [tokens d_sae] is held, so that it stays in the cache."""
+    most = _CHUNK.get(device.type, _LARGEST_CHUNK)
+    return most if chunk is None else min(chunk, most)
+
+
+def forget_gradients(sae: Weights) -> None:
     """Free those of the step before, so that two sets are never held.
 
     Only where memory is short: elsewhere the system might have to map the same pages anew.
@@ -172,8 +179,7 @@ class _Encoder:
         self, sae: Weights, x: Tensor, chunk: int | None, matmul_dtype: torch.dtype | None
     ) -> None:
         self.dtype = matmul_dtype or sae.W_enc.dtype
-        most = _CHUNK.get(x.device.type, _LARGEST_CHUNK)
-        self.chunk = most if chunk is None else min(chunk, most)
+        self.chunk = at_once(x.device, chunk)
         self.centred = x - sae.b_dec if sae.subtract_b_dec else x.to(sae.W_enc.dtype)
         self.x = self.centred.to(self.dtype)
         self.W_enc, self.b_enc = sae.W_enc.to(self.dtype), sae.b_enc.to(self.dtype)
@@ -276,7 +282,7 @@ def _sparse_step(
     chunk: int | None,
     l1: float = 0.0,
     norms: Float[Tensor, " d_sae"] | None = None,
-    aux: "_Auxk | None" = None,
+    aux: "Auxk | None" = None,
 ) -> StepStats:
     """Gradients from the active (token, feature) pairs alone."""
     n, d_sae = len(y), len(sae.W_dec)
@@ -314,14 +320,14 @@ def _gradients(
     centred: Tensor,
     d_recon: Tensor,
     d_sae: int,
-    so_far: _Gradients | None,
-) -> _Gradients:
+    so_far: Gradients | None,
+) -> Gradients:
     """Sums over the tokens of each feature, for which the pairs are sorted by feature."""
     key = active.feature.to(torch.int16 if d_sae < 2**15 else torch.int32)  # short keys sort faster
     order = key.sort(stable=True).indices
     token, (_, starts) = active.token[order], _bags(active.feature, d_sae)
     # One by one, so that at most one matrix is held twice.
-    return _Gradients(
+    return Gradients(
         W_enc_T=_plus(
             so_far and so_far.W_enc_T, _weighted_sums(centred, token, starts, d_pre[order])
         ),
@@ -356,7 +362,7 @@ def _weighted_sums(rows: Tensor, index: Tensor, starts: Tensor, weight: Tensor) 
 
 
 def _add_penalty(
-    grads: _Gradients, W_dec: Tensor, sums: Tensor, norms: Tensor, l1: float, n: int
+    grads: Gradients, W_dec: Tensor, sums: Tensor, norms: Tensor, l1: float, n: int
 ) -> Float[Tensor, ""]:
     """The penalty, from each feature's sum of activations, and its gradient to the norms."""
     per_row = sums * (l1 / n) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
@@ -370,7 +376,7 @@ def _dense_relu_step(
     """All five products, for batches in which many features are active."""
     n, (d_sae, d_out) = len(y), sae.W_dec.shape
     zeros = sae.W_dec.new_zeros
-    grads = _Gradients(
+    grads = Gradients(
         zeros(d_sae, encoder.x.shape[1]), zeros(d_sae), zeros(d_sae, d_out), zeros(d_out)
     )
     W_dec = sae.W_dec.to(encoder.dtype)
@@ -399,7 +405,7 @@ def _dense_relu_step(
 
 
 @dataclass(frozen=True)
-class _Auxk:
+class Auxk:
     """The auxiliary loss of `losses.auxk`: dense, but over the dead features only."""
 
     dead: Bool[Tensor, " d_sae"]
@@ -412,7 +418,7 @@ class _Auxk:
         sae: Weights,
         centred: Float[Tensor, "batch d_in"],
         residual: Float[Tensor, "batch d_out"],
-        grads: _Gradients,
+        grads: Gradients,
         chunk: int | None,
     ) -> Float[Tensor, ""]:
         """Add its gradients, times `coef`, to `grads`; the loss without `coef`."""

@@ -1,14 +1,17 @@
 """One SAE in training: unfolded weights, Adam, schedules, and how long each feature is quiet."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sae import kernels
+from sae import steps
 from sae.activations import Batch, Statistics
 from sae.autoencoder import SparseAutoencoder, locate, read_config
+from sae.config import warmed_up
 from sae.hooks import Hookpoint
 from sae.kernels import StepStats
 from sae.memory import MicroBatch
@@ -142,31 +145,28 @@ class Learner:
         }
 
     def _gradients(self, x: Tensor, y: Tensor, done: float) -> StepStats:
-        sparsity = self.config.sae.sparsity
-        if sparsity.kind == "relu_l1":
-            refitting = done >= 1 - self.refit
-            l1 = 0.0 if refitting else sparsity.l1 * warmed_up(done, sparsity.l1_warmup)
-            stats = self.chunk.fit(
-                len(x),
-                lambda n: kernels.relu_l1_step(self.sae, x, y, l1, n, matmul_dtype=self.dtype),
-            )
-            if refitting:
-                for parameter in (self.sae.W_enc, self.sae.b_enc, self.sae.b_dec):
+        refitting = done >= 1 - self.refit
+        moment = self.config.sae.sparsity.at(done)
+        if refitting:
+            moment = replace(moment, coef=0.0)
+        step = partial(steps.step, self.sae, x, y, moment, matmul_dtype=self.dtype)
+        stats = self.chunk.fit(len(x), partial(step, **self._for_the_dead()))
+        if refitting:
+            for name, parameter in self.sae.named_parameters():
+                if name != "W_dec":
                     parameter.grad = None  # Adam leaves these alone: what is active stays so
-            return stats
-        auxk = sparsity.auxk or self.sae.d_in // 2
-        step = partial(
-            kernels.topk_step,
-            self.sae,
-            x,
-            y,
-            moving(sparsity.k_start, sparsity.k, done, sparsity.k_ramp),
-            auxk=auxk,
-            auxk_coef=sparsity.auxk_coef * self.variance,  # both losses in the same unit
-            dead=self._quietest_dead(AUXK_CANDIDATES * auxk),
-            matmul_dtype=self.dtype,
-        )
-        return self.chunk.fit(len(x), lambda n: step(chunk=n))
+        return stats
+
+    def _for_the_dead(self) -> dict[str, Any]:
+        """What a step needs to bring dead features back."""
+        auxk, coef = self.config.sae.sparsity.revival(self.sae.d_in)
+        if not auxk:
+            return {}
+        return {
+            "auxk": auxk,
+            "auxk_coef": coef * self.variance,  # both losses in the same unit
+            "dead": self._quietest_dead(AUXK_CANDIDATES * auxk),
+        }
 
     def _variance(self, batch: Batch) -> float:
         """Mean over the batch of ‖y − mean y‖², scaled."""
@@ -199,19 +199,6 @@ class Learner:
             self.revived += int(moved.sum())
             self.quiet[moved] = 0
             self.tokens_since_revival = 0
-
-
-def warmed_up(done: float, share: float) -> float:
-    """0 → 1 over the first `share` of the tokens."""
-    return min(1.0, done / share) if share else 1.0
-
-
-def moving(start: int | None, end: int, done: float, span: tuple[float, float]) -> int:
-    """`start` → `end` from one share of the tokens to another; `end` throughout without a start."""
-    first, last = span
-    if start is None or done >= last:
-        return end
-    return round(start + (end - start) * max(0.0, done - first) / (last - first))
 
 
 def _empty(plan: Plan, d_in: int) -> SparseAutoencoder:

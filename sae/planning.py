@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sae import checkpoint, kernels, language_model
+from sae import checkpoint, language_model, steps
 from sae.activations import read
 from sae.autoencoder import SparseAutoencoder, locate, read_config
 from sae.config import TrainConfig, run_name
@@ -21,7 +21,7 @@ from sae.errors import ConfigError, DataError, RunError, SAEError
 from sae.hooks import Hookpoint, resolve, width
 from sae.language_model import LanguageModel
 from sae.memory import MicroBatch
-from sae.sparsity import Sparsity, make_sparsity
+from sae.sparsity import Sparsity, make_sparsity, settings_of
 from sae.store import LOCK, versions
 
 ADAM_COPIES = 4
@@ -209,15 +209,10 @@ def _step_seconds(plan: Plan, point: Hookpoint) -> float:
     adam = torch.optim.Adam(sae.parameters(), fused=True)
     chunk = MicroBatch(f"the step of {point}", "tokens", "lower optim.batch or sae.d_sae")
 
-    def gradients(n: int) -> None:
-        sparsity = config.sae.sparsity
-        if sparsity.kind == "topk":
-            kernels.topk_step(sae, x, x, sparsity.k, n, matmul_dtype=plan.dtype)
-        else:
-            kernels.relu_l1_step(sae, x, x, sparsity.l1, n, matmul_dtype=plan.dtype)
+    moment = config.sae.sparsity.at(1.0)
 
     def step() -> None:
-        chunk.fit(len(x), gradients)
+        chunk.fit(len(x), lambda n: steps.step(sae, x, x, moment, n, matmul_dtype=plan.dtype))
         torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
         adam.step()
 
@@ -227,8 +222,7 @@ def _step_seconds(plan: Plan, point: Hookpoint) -> float:
 def sparsity_of(config: TrainConfig) -> Sparsity:
     """The sparsity that a config asks for."""
     chosen = config.sae.sparsity
-    amount = {"k": chosen.k} if chosen.kind == "topk" else {"l1": chosen.l1}
-    return make_sparsity(chosen.kind, **amount)
+    return make_sparsity(chosen.kind, **chosen.model_dump(include=set(settings_of(chosen.kind))))
 
 
 def _seconds(device: torch.device, times: int, work: Callable[[], object]) -> float:

@@ -18,7 +18,7 @@ ROWS = (
     "untrusted memory",
     "config builtin",
     "store text hooks documents sparsity kernels language_model mirror",
-    "fingerprint data progress records checkpoint",
+    "fingerprint data progress records checkpoint steps",
     "autoencoder",
     "activations losses revival",
     "formats evaluation planning synthetic",

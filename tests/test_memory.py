@@ -70,7 +70,7 @@ class Room:
 
         monkeypatch.setattr(kernels._Encoder, "pre", checked)
         self.guard(monkeypatch, kernels, "_decode", lambda *args: args[3])
-        self.guard(monkeypatch, kernels._Auxk, "_acts", lambda _, pre: len(pre))
+        self.guard(monkeypatch, kernels.Auxk, "_acts", lambda _, pre: len(pre))
         self.guard(monkeypatch, SparseAutoencoder, "forward", lambda _, x: len(x))
 
     @contextmanager
@@ -197,7 +197,7 @@ def test_a_step_is_the_same_however_it_is_split(
         split = chunk.fit(len(x), lambda n: step(sae, x, n))
     assert room.largest <= most
     assert torch.equal(split.fired, whole.fired)
-    for name in ("loss", "mse", "l1", "auxk", "l0"):
+    for name in ("loss", "mse", "penalty", "auxk", "l0"):
         torch.testing.assert_close(getattr(split, name), getattr(whole, name), rtol=1e-5, atol=0)
     for p, grad in zip(sae.parameters(), wanted, strict=True):
         assert p.grad is not None and grad is not None

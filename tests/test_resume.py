@@ -338,9 +338,9 @@ def test_a_skipped_batch_is_as_if_it_had_never_come(
 def test_a_broken_step_is_not_taken(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, site: str, value: str
 ) -> None:
-    from sae import learner
+    from sae import kernels
 
-    step, numbers = learner.kernels.topk_step, iter(range(10**6))
+    step, numbers = kernels.topk_step, iter(range(10**6))
 
     def broken(sae: Any, *args: Any, **options: Any) -> Any:
         stats = step(sae, *args, **options)
@@ -351,7 +351,7 @@ def test_a_broken_step_is_not_taken(
                 sae.W_enc.grad[3, 5] = BAD[value]
         return stats
 
-    monkeypatch.setattr(learner.kernels, "topk_step", broken)
+    monkeypatch.setattr(kernels, "topk_step", broken)
     run = trained(folder, tmp_path / "run", {"data.repeat": "true"})
     assert [e["event"] for e in events(run)] == ["skipped"]
     assert read_manifest(run)["tokens"] == TOKENS and finite(run)

@@ -56,7 +56,7 @@ def _select(sae_folder: Path, features: list[int]) -> SparseAutoencoder:
     """An autoencoder with some features of another, in which each fires as before."""
     sae = SparseAutoencoder.from_pretrained(sae_folder)
     check_features(features, sae.d_sae)
-    if sae.sparsity.kind == "topk":
+    if sae.sparsity.competes:
         raise FormatError(
             f"--feature: in a {sae.sparsity.kind} autoencoder features compete, so some of them "
             "alone would fire differently; export all, or use --format parquet"
