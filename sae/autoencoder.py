@@ -25,6 +25,8 @@ FORMAT = 1
 CONFIG = "cfg.yaml"
 DECODER_NORM = 0.1
 WIDEST = 1 << 28
+_SPARSITY = "sparsity."
+"""How the names of the sparsity's tensors begin in the state of a module, but not on the disk."""
 _KEYS = ("format", "d_in", "d_sae", "d_out", "subtract_b_dec", "sparsity", "dtype", "metadata")
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16)}
 
@@ -63,6 +65,7 @@ class SparseAutoencoder(nn.Module):
                 "false where the output is not the input"
             )
         sparsity.check(d_sae)
+        sparsity.allocate(d_sae, device, dtype)
         self.sparsity = sparsity
         self.subtract_b_dec = subtract_b_dec
 
@@ -158,8 +161,9 @@ class SparseAutoencoder(nn.Module):
     def folded(self, scale: float) -> "SparseAutoencoder":
         """A copy for raw inputs of an autoencoder trained on x = raw · `scale`.
 
-        raw in, raw out, and the activations stay as they were: W_enc · scale, b_dec / scale,
-        W_dec / scale, b_enc. Raises ValueError where the scale is not a positive number.
+        raw in, raw out: W_enc · scale, b_dec / scale, W_dec / scale, b_enc. Pre-activations and
+        activations stay as they were, and with them all that the sparsity holds (thresholds).
+        Raises ValueError where the scale is not a positive number.
         """
         if not 0 < scale < float("inf"):
             raise ValueError(f"expected a positive scale, got {scale}")
@@ -169,6 +173,7 @@ class SparseAutoencoder(nn.Module):
             "b_enc": self.b_enc.clone(),
             "W_dec": self.W_dec / scale,
             "b_dec": self.b_dec / scale,
+            **{n: t.clone() for n, t in self.state_dict().items() if n.startswith(_SPARSITY)},
         }
         copy.load_state_dict({n: t.detach() for n, t in tensors.items()}, assign=True)
         return copy
@@ -213,12 +218,17 @@ class SparseAutoencoder(nn.Module):
     ) -> None:
         """Write sae.safetensors and cfg.yaml; `metadata` is plain data kept beside the weights.
 
+        The sparsity's tensors lie beside the others, under their own names (`threshold`).
+
         With `inputs`, of which 8 rows will do, and the `targets` to rebuild where those differ,
         what they give is stored too, and checked at every load (see `sae.fingerprint`).
         """
         folder = Path(folder)
         text = dump_yaml(self.config() | {"metadata": dict(metadata or {})})
-        tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
+        tensors = {
+            name.removeprefix(_SPARSITY): t.detach().cpu().contiguous()
+            for name, t in self.state_dict().items()
+        }
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / CONFIG, text)
         write_atomic(folder / WEIGHTS, to_safetensors(tensors))
@@ -333,11 +343,12 @@ def _check_sparsity(config: dict[str, Any]) -> None:
 
 
 def _read_tensors(file: Path, model: SparseAutoencoder) -> dict[str, Tensor]:
-    """The tensors of `file`, exactly those of `model` by name, shape and type, or FormatError."""
+    """The state of `model` from `file`: by name, shape and type what it has, or FormatError."""
     if not file.is_file():
         raise FormatError(f"{file.parent}: {WEIGHTS} is missing; copy it along with {CONFIG}")
     tensors = fingerprint.load(file)
-    expected = model.state_dict()
+    full = {name.removeprefix(_SPARSITY): name for name in model.state_dict()}
+    expected = {name: model.state_dict()[full[name]] for name in full}
     wrong = [f"missing {name}" for name in expected if name not in tensors]
     wrong += [
         f"unknown {name}{suggest(name, expected)}" for name in tensors if name not in expected
@@ -351,7 +362,7 @@ def _read_tensors(file: Path, model: SparseAutoencoder) -> dict[str, Tensor]:
             f"{file} does not fit its {CONFIG}: {', '.join(sorted(wrong))}.\n"
             "Take both files from one save"
         )
-    return tensors
+    return {full[name]: tensor for name, tensor in tensors.items()}
 
 
 def _describe(tensor: Tensor) -> str:

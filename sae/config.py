@@ -212,6 +212,13 @@ class TopKConfig(KLargestConfig):
     """The k largest features of each token."""
 
 
+class BatchTopKConfig(KLargestConfig):
+    """The k largest features of each token on average: n·k of a batch of n tokens."""
+
+    kind: Literal["batchtopk"] = "batchtopk"
+    """The k largest features of each token on average."""
+
+
 class SAEConfig(Settings):
     """The sparse autoencoder."""
 
@@ -224,8 +231,11 @@ class SAEConfig(Settings):
     init: Literal["random", "data"] = "random"
     """Directions to start from: random ones, or those of tokens from the mean; data leaves fewer
     features dead under topk, at a little more error."""
-    sparsity: ReluL1Config | TopKConfig = Field(default=ReluL1Config(), discriminator="kind")
-    """What keeps the features sparse: relu_l1 (an L1 penalty) or topk (the k largest)."""
+    sparsity: ReluL1Config | TopKConfig | BatchTopKConfig = Field(
+        default=ReluL1Config(), discriminator="kind"
+    )
+    """What keeps the features sparse: relu_l1 (an L1 penalty), topk (the k largest of each token)
+    or batchtopk (k a token on average)."""
 
     @field_validator("sparsity", mode="before")
     @classmethod
@@ -789,9 +799,10 @@ def _advice(place: _Place) -> str:
         group, _, last = name.rpartition(".")
         return f"; in a file write `{last}:` indented below `{group.replace('.', ': ')}:`"
     own = place.owner.model_fields
-    for kind, model in _groups(SAEConfig.model_fields["sparsity"]).items():
-        if "kind" in own and name in model.model_fields:
-            return f"; it belongs to {_KIND}: {kind}"
+    variants = _groups(SAEConfig.model_fields["sparsity"]).items()
+    kinds = [kind for kind, model in variants if name in model.model_fields]
+    if "kind" in own and kinds:
+        return f"; it belongs to {_KIND}: {' or '.join(kinds)}"
     elsewhere = sorted(full for full in known if full.rpartition(".")[2] == name)
     if elsewhere:
         return f"; did you mean {' or '.join(map(repr, elsewhere))}?"

@@ -59,9 +59,9 @@ class Learner:
             folder = locate(config.init_from, str(point))
             old = SparseAutoencoder.from_pretrained(folder, device=plan.device, dtype=torch.float32)
             scale = (read_config(folder).get("metadata") or {}).get("scale", statistics.scale)
-            sae = old.unfolded(scale)
-            sae.sparsity = sparsity_of(config)
-            return cls(plan, sae, scale)
+            learner = cls(plan, _empty(plan, d_in), scale)
+            learner.sae.load_state_dict(old.unfolded(scale).state_dict())
+            return learner
         learner = cls(plan, _empty(plan, d_in), statistics.scale)
         scale = statistics.scale
         towards = None if examples is None else examples.y.float() * scale
@@ -72,7 +72,7 @@ class Learner:
     def restored(cls, plan: Plan, point: Hookpoint, state: Mapping[str, Tensor]) -> "Learner":
         """The learner whose `state()` this is."""
         learner = cls(plan, _empty(plan, plan.widths[point]), state["scale"].item())
-        learner.sae.load_state_dict({n: state[n] for n, _ in learner.sae.named_parameters()})
+        learner.sae.load_state_dict({name: state[name] for name in learner.sae.state_dict()})
         for name, parameter in learner.sae.named_parameters():
             if f"{name}/step" in state:
                 moments = {m: state[f"{name}/{m}"].to(plan.device) for m in _MOMENTS}
@@ -92,8 +92,8 @@ class Learner:
             "revival": torch.tensor([self.tokens_since_revival, self.revived]),
             "generator": self.generator.get_state(),
         }
+        tensors |= self.sae.state_dict()
         for name, parameter in self.sae.named_parameters():
-            tensors[name] = parameter.detach()
             moments = self.optimizer.state.get(parameter, {})
             tensors |= {f"{name}/{moment}": value for moment, value in moments.items()}
         return tensors
@@ -114,6 +114,7 @@ class Learner:
         self.lr = optim.lr * warmed_up(done, optim.lr_warmup) * self._decayed(done)
         self.optimizer.param_groups[0]["lr"] = self.lr
         self.optimizer.step()
+        self.sae.sparsity.observe(stats.cut)
         self.quiet = torch.where(stats.fired > 0, 0, self.quiet + len(batch.x))
         self._revive(batch, done)
 
@@ -123,7 +124,7 @@ class Learner:
 
     def healthy(self) -> bool:
         """Whether all weights are finite."""
-        return all(bool(parameter.isfinite().all()) for parameter in self.sae.parameters())
+        return all(bool(tensor.isfinite().all()) for tensor in self.sae.state_dict().values())
 
     @property
     def dead(self) -> Tensor:

@@ -2,6 +2,7 @@
 and all of them at once, that a dumped config loads back equal, and that all of it is cheap."""
 
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -109,15 +110,16 @@ MISTAKES = [
     ("sae: {sparsity: {l1: -1}}", "sae.sparsity.l1: -1 came, wanted a number of at least 0"),
     (
         "sae: {sparsity: {kind: topkk}}",
-        "sae.sparsity.kind: \"topkk\" came, wanted one of relu_l1, topk; did you mean 'topk'?",
+        'sae.sparsity.kind: "topkk" came, wanted one of relu_l1, topk, batchtopk; did you '
+        "mean 'topk'?",
     ),
     (
         "sae: {sparsity: {kind: [1]}}",
-        "sae.sparsity.kind: [1] came, wanted one of relu_l1, topk",
+        "sae.sparsity.kind: [1] came, wanted one of relu_l1, topk, batchtopk",
     ),
     (
         "sae: {sparsity: {k: 3}}",
-        "sae.sparsity.k: unknown setting; it belongs to sae.sparsity.kind: topk",
+        "sae.sparsity.k: unknown setting; it belongs to sae.sparsity.kind: topk or batchtopk",
     ),
     (
         "sae: {sparsity: topk}",
@@ -307,7 +309,8 @@ def test_flags_cover_every_setting_with_help_and_accept_their_own_defaults():
     }
     for flag in all_flags:
         assert flag.help and "\n" not in flag.help, flag.name
-        kind = "topk" if "kind topk]" in flag.help else "relu_l1"
+        of = re.search(r"sparsity.kind (\w+)", flag.help)
+        kind = of[1] if of else "relu_l1"
         default = flag.default
         value: object = "null" if default is None else str(default).lower()
         if flag.many and default:
@@ -316,7 +319,7 @@ def test_flags_cover_every_setting_with_help_and_accept_their_own_defaults():
         assert same == resolve(None, {"sae.sparsity.kind": kind}), flag.name
     by_name = {flag.name: flag for flag in all_flags}
     assert by_name["model.dtype"].type == "auto|float32|bfloat16"
-    assert by_name["sae.sparsity.kind"].type == "relu_l1|topk"
+    assert by_name["sae.sparsity.kind"].type == "relu_l1|topk|batchtopk"
     assert (by_name["optim.betas"].type, by_name["optim.betas"].many) == ("float", True)
 
 

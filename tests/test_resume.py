@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import BATCH, RELU, TOKENS, overrides, planned, save
+from tiny import BATCH, TOKENS, overrides, planned, save
+from variants import VARIANTS
 
 from sae import checkpoint, cli, store, training
 from sae.activations import ActivationStream
@@ -24,11 +25,8 @@ from sae.store import Run, read_manifest, sha256
 
 BOTH = {"hookpoints": "layers.*.mlp_act"}
 EVERY = {"checkpoint.every_tokens": str(4 * BATCH)}
-KINDS = {
-    "topk": {},
-    "moving topk": {"sae.sparsity.k_start": "2"},
-    "relu_l1": RELU | {"optim.dead_after": "200"},
-}
+KINDS = {name: variant.tiny for name, variant in VARIANTS.items()}
+KINDS["moving topk"] = {"sae.sparsity.k_start": "2"}
 
 
 @pytest.fixture(scope="module")

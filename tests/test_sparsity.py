@@ -1,10 +1,129 @@
-"""Proves that each sparsity follows its paper's formula and that the registry refuses the rest."""
+"""Proves that each sparsity follows its paper's formula, has the gradients of its loss, and comes
+back from the disk as it was; and that the registry refuses the rest."""
+
+from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from variants import D_SAE, VARIANTS, build, randn
 
+from sae import losses, steps
+from sae.autoencoder import SparseAutoencoder
+from sae.config import Moment
 from sae.errors import ConfigError
-from sae.sparsity import ReluL1, TopK, make_sparsity
+from sae.sparsity import _KINDS, BatchTopK, ReluL1, Sparsity, TopK, make_sparsity
+
+# -------------------------------------------------------------------------- every kind, by table
+
+each_kind = pytest.mark.parametrize("kind", VARIANTS)
+
+
+def loss_of(sae: SparseAutoencoder, x: Tensor, y: Tensor, now: Moment, **options) -> float:
+    return steps.step(sae, x, y, now, **options).loss.item()
+
+
+def in_training(sae: SparseAutoencoder, x: Tensor, now: Moment) -> tuple[Tensor, Tensor]:
+    """Pre-activations and the activations of a training step on x."""
+    pre = sae.pre(x).detach()
+    return pre, sae.sparsity.in_training(pre, now, sae.sparsity.cut([pre], len(pre), now))
+
+
+def test_the_table_holds_every_kind():
+    assert VARIANTS.keys() == _KINDS.keys()
+    assert all(variant.make().kind == kind for kind, variant in VARIANTS.items())
+
+
+@each_kind
+def test_activations_have_the_shape_of_pre_and_are_not_negative(kind: str):
+    sae = build(VARIANTS[kind].make())
+    for shape in ((D_SAE,), (3, D_SAE), (2, 3, D_SAE)):
+        acts = sae.sparsity(randn(*shape))
+        assert acts.shape == shape and acts.min() >= 0 and acts.dtype == torch.float32
+    sae = build(VARIANTS[kind].make(), dtype=torch.bfloat16)
+    assert sae.encode(randn(5, 6)).dtype == torch.bfloat16
+
+
+@each_kind
+def test_a_token_is_encoded_as_in_any_company(kind: str):
+    sae, x = build(VARIANTS[kind].make()), randn(9, 6)
+    torch.testing.assert_close(sae.encode(x)[4], sae.encode(x[4]))
+
+
+@each_kind
+def test_what_is_not_active_is_exactly_zero(kind: str):
+    variant, x = VARIANTS[kind], randn(50, 6)
+    sae = build(variant.make())
+    pre, acts = in_training(sae, x, variant.now)
+    assert torch.equal(acts > 0, variant.active(pre, sae.sparsity))
+    assert 0 < (acts > 0).float().mean() < 0.9
+
+
+@each_kind
+@pytest.mark.parametrize("d_out", [6, 5])
+def test_gradients_are_those_of_the_loss_by_finite_differences(kind: str, d_out: int):
+    """Of every weight outside the sparsity: its own have tests below, where it has any."""
+    variant, h = VARIANTS[kind], 1e-6
+    sae = build(variant.make(), d_out=d_out, dtype=torch.float64)
+    x, y = randn(7, 6, seed=50, dtype=torch.float64), randn(7, d_out, seed=51, dtype=torch.float64)
+    loss_of(sae, x, y, variant.now)
+    found = {n: p.grad.clone() for n, p in sae.named_parameters() if p.grad is not None}
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        flat = sae.get_parameter(name).data.view(-1)
+        for i in range(0, len(flat), 5):
+            before = flat[i].item()
+            flat[i] = before + h
+            above = loss_of(sae, x, y, variant.now)
+            flat[i] = before - h
+            slope = (above - loss_of(sae, x, y, variant.now)) / (2 * h)
+            flat[i] = before
+            assert slope == pytest.approx(found[name].view(-1)[i].item(), rel=1e-5, abs=1e-7), name
+
+
+@each_kind
+@pytest.mark.parametrize("chunk", [1, 7, 30])
+def test_a_step_is_the_same_however_it_is_split(kind: str, chunk: int):
+    variant, x = VARIANTS[kind], randn(40, 6)
+    whole, split = build(variant.make()), build(variant.make())
+    dead = torch.arange(D_SAE) % 3 == 0
+    options = {"auxk": 4, "auxk_coef": 2.0, "dead": dead}
+    want = steps.step(whole, x, x, variant.now, **options)
+    got = steps.step(split, x, x, variant.now, chunk, **options)
+    assert torch.equal(got.fired, want.fired)
+    torch.testing.assert_close(got.loss, want.loss)
+    for name, parameter in split.named_parameters():
+        torch.testing.assert_close(parameter.grad, whole.get_parameter(name).grad)
+
+
+@each_kind
+def test_saved_and_loaded_is_the_same_to_the_bit(kind: str, tmp_path: Path):
+    sae, x = build(VARIANTS[kind].make()), randn(9, 6)
+    sae.save_pretrained(tmp_path, inputs=x)
+    again = SparseAutoencoder.from_pretrained(tmp_path)
+    assert again.config() == sae.config()
+    assert again.state_dict().keys() == sae.state_dict().keys()
+    assert all(torch.equal(again.state_dict()[n], t) for n, t in sae.state_dict().items())
+    assert torch.equal(again.encode(x), sae.encode(x))
+
+
+@each_kind
+def test_folding_leaves_the_activations_as_they_are(kind: str):
+    sae, raw = build(VARIANTS[kind].make(), dtype=torch.float64), randn(9, 6).double()
+    torch.testing.assert_close(sae.folded(0.2)(raw).acts, sae(raw * 0.2).acts)
+    torch.testing.assert_close(sae.folded(0.2)(raw).recon, sae(raw * 0.2).recon / 0.2)
+
+
+@each_kind
+def test_a_config_makes_the_same_sparsity_again(kind: str):
+    sparsity = VARIANTS[kind].make()
+    again = make_sparsity(sparsity.kind, **sparsity.config())
+    assert type(again) is type(sparsity)
+    assert again.config() == sparsity.config()
+    assert sparsity.l0_knob in sparsity.config()
+    assert sparsity.revival in ("resample", "auxk")
+
+
+# ------------------------------------------------------------------------------------- one by one
 
 
 def test_relu_l1_is_relu_and_weights_the_penalty_by_decoder_norms():
@@ -34,6 +153,11 @@ def test_topk_keeps_the_largest_of_each_token(k):
         assert torch.equal(out, torch.where(row >= bound, row, 0).relu())
 
 
+def test_topk_of_all_features_is_relu():
+    pre = randn(5, 8)
+    assert torch.equal(TopK(8)(pre), pre.relu())
+
+
 def test_topk_never_activates_what_is_negative_and_has_no_penalty():
     pre = -torch.rand(2, 3, 8)
     assert TopK(4)(pre).count_nonzero() == 0
@@ -43,16 +167,51 @@ def test_topk_never_activates_what_is_negative_and_has_no_penalty():
 def test_topk_passes_gradients_to_the_kept_features_only():
     pre = torch.tensor([[3.0, 1.0, 2.0, -1.0]], requires_grad=True)
     TopK(2)(pre).sum().backward()
+    assert pre.grad is not None
     assert torch.equal(pre.grad, torch.tensor([[1.0, 0.0, 1.0, 0.0]]))
 
 
-@pytest.mark.parametrize("sparsity", [ReluL1(2.5), TopK(7)])
-def test_a_config_makes_the_same_sparsity_again(sparsity):
-    again = make_sparsity(sparsity.kind, **sparsity.config())
-    assert type(again) is type(sparsity)
-    assert again.config() == sparsity.config()
-    assert sparsity.l0_knob in sparsity.config()
-    assert sparsity.revival in ("resample", "auxk")
+def test_batchtopk_on_a_batch_of_one_is_topk():
+    now = Moment(k=3)
+    for seed in range(20):
+        pre = randn(1, 8, seed=seed)
+        sparsity = BatchTopK(3)
+        acts = sparsity.in_training(pre, now, sparsity.cut([pre], 1, now))
+        assert torch.equal(acts, TopK(3)(pre))
+
+
+def test_batchtopk_chooses_the_same_however_the_batch_comes():
+    """Also where fewer than n·k are positive, which are then all of them."""
+    pre, now = randn(40, 8), Moment(k=2)
+    for shift in (0.0, 1.5):
+        cuts = [BatchTopK(2).cut((pre - shift).split(size), 40, now) for size in (40, 13, 1)]
+        assert len({cut.item() for cut in cuts}) == 1
+        acts = BatchTopK(2).in_training(pre - shift, now, cuts[0])
+        assert (acts > 0).sum() == min(80, int((pre > shift).sum()))
+
+
+def test_the_threshold_of_batchtopk_gives_the_l0_of_the_training():
+    """On data with planted features, learning from each step as a run does."""
+    directions = torch.nn.functional.normalize(randn(48, 16), dim=1)
+
+    def batch(seed: int, n: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        on = torch.rand(n, 48, generator=generator) < 0.08
+        return (on * torch.rand(n, 48, generator=generator)) @ directions
+
+    sparsity, now = BatchTopK(3), Moment(k=3)
+    sae = SparseAutoencoder(16, 64, sparsity)
+    adam = torch.optim.Adam(sae.parameters(), lr=3e-3)
+    steps_ = 800
+    for step in range(steps_):
+        adam.param_groups[0]["lr"] = 3e-3 * min(1, 5 * (1 - step / steps_))
+        x = batch(step, 256)
+        sparsity.observe(steps.step(sae, x, x, now).cut)
+        adam.step()
+    x = batch(steps_, 8192)
+    training = losses.l0(in_training(sae, x, now)[1]).item()
+    assert training == pytest.approx(3, rel=1e-3)
+    assert losses.l0(sae.encode(x)).item() == pytest.approx(training, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +220,7 @@ def test_a_config_makes_the_same_sparsity_again(sparsity):
         ("topkk", {"k": 3}, "did you mean 'topk'"),
         ("topk", {"l1": 3}, "wrong settings"),
         ("topk", {"k": 0}, "k 0"),
+        ("batchtopk", {"k": 0}, "k 0"),
         ("relu_l1", {"l1": -1.0}, "l1 -1.0"),
         ("relu_l1", {"l1": float("nan")}, "l1 nan"),
     ],
@@ -70,6 +230,7 @@ def test_mistakes_are_config_errors(kind, settings, message):
         make_sparsity(kind, **settings)
 
 
-def test_k_must_fit_the_dictionary():
+@pytest.mark.parametrize("kind", [TopK, BatchTopK])
+def test_k_must_fit_the_dictionary(kind: type[Sparsity]):
     with pytest.raises(ConfigError, match="only 8 features"):
-        TopK(9).check(8)
+        make_sparsity(kind.kind, k=9).check(8)

@@ -69,4 +69,6 @@ def _select(sae_folder: Path, features: list[int]) -> SparseAutoencoder:
     part.b_enc.copy_(sae.b_enc[features])
     part.W_dec.copy_(sae.W_dec[features])
     part.b_dec.copy_(sae.b_dec)
+    for name, tensor in sae.sparsity.state_dict().items():
+        part.sparsity.state_dict()[name].copy_(tensor[features] if tensor.ndim else tensor)
     return part

@@ -1,0 +1,75 @@
+"""The table of sparsities: every kind there is, and what its tests need to know of it.
+
+A new kind gets a line here, and all tests of properties, training and resuming run for it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from tiny import RELU
+from torch import Tensor
+
+from sae.autoencoder import SparseAutoencoder
+from sae.config import Moment
+from sae.sparsity import BatchTopK, ReluL1, Sparsity, TopK
+
+D_SAE = 24
+
+
+def largest(pre: Tensor, count: int) -> Tensor:
+    """Whether each of the numbers is among the `count` largest, by sorting."""
+    bound = pre.flatten().sort(descending=True).values[count - 1]
+    return pre >= bound
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kind. `active` is which features of [batch d_sae] a step of `now` has active."""
+
+    make: Callable[[], Sparsity]
+    active: Callable[[Tensor, Sparsity], Tensor]
+    tiny: dict[str, str | None]
+    """Settings of a tiny run, on top of those in `tiny.overrides`."""
+    now: Moment = field(default_factory=Moment)
+
+
+VARIANTS = {
+    "relu_l1": Variant(
+        make=lambda: ReluL1(5.0),
+        active=lambda pre, _: pre > 0,
+        tiny=RELU | {"optim.dead_after": "200"},
+        now=Moment(coef=0.7),
+    ),
+    "topk": Variant(
+        make=lambda: TopK(4),
+        active=lambda pre, _: (pre > 0) & torch.stack([largest(row, 4) for row in pre]),
+        tiny={},
+        now=Moment(k=4),
+    ),
+    "batchtopk": Variant(
+        make=lambda: BatchTopK(4),
+        active=lambda pre, _: (pre > 0) & largest(pre, 4 * len(pre)),
+        tiny={"sae.sparsity.kind": "batchtopk", "sae.sparsity.k_start": "2"},
+        now=Moment(k=4),
+    ),
+}
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def build(
+    sparsity: Sparsity,
+    d_in: int = 6,
+    d_out: int = 6,
+    d_sae: int = D_SAE,
+    dtype: torch.dtype = torch.float32,
+) -> SparseAutoencoder:
+    """An autoencoder whose tensors are all random, the sparsity's too."""
+    sae = SparseAutoencoder(d_in, d_sae, sparsity, d_out, subtract_b_dec=d_in == d_out, dtype=dtype)
+    for i, (name, tensor) in enumerate(sae.state_dict().items()):
+        drawn = randn(*tensor.shape, seed=i, dtype=dtype) * 0.4
+        tensor.copy_(drawn.abs() if name.endswith("threshold") else drawn)
+    return sae
