@@ -219,6 +219,30 @@ class BatchTopKConfig(KLargestConfig):
     """The k largest features of each token on average."""
 
 
+class JumpReluConfig(SparsityConfig):
+    """Features above a learned threshold, under a penalty on how many are active."""
+
+    kind: Literal["jumprelu"] = "jumprelu"
+    """Features above a learned threshold."""
+    l0_coef: NotNegative = 3.0
+    """Weight of the penalty on active features, for activations of mean norm √d_in, 0.3 to 30;
+    higher is sparser."""
+    l0_warmup: Share = 0.2
+    """Share of the tokens over which the penalty rises from 0, 0.05 to 1."""
+    bandwidth: Positive = 1.0
+    """Width of the kernel around a threshold, and where thresholds start, 0.1 to 2: about the size
+    of small activations. Thresholds of too narrow a kernel hardly move."""
+    tanh: NotNegative = 0.0
+    """0 penalises the number of active features; above 0, the sum of tanh(tanh × activation ×
+    decoder norm), such as 4."""
+    preact_coef: NotNegative = 3e-4
+    """Weight of the loss that lifts dead features towards their thresholds; 0 switches it off."""
+
+    def at(self, done: float) -> Moment:
+        """The coefficient, which rises from 0 over `l0_warmup`."""
+        return Moment(coef=self.l0_coef * warmed_up(done, self.l0_warmup))
+
+
 class SAEConfig(Settings):
     """The sparse autoencoder."""
 
@@ -231,11 +255,11 @@ class SAEConfig(Settings):
     init: Literal["random", "data"] = "random"
     """Directions to start from: random ones, or those of tokens from the mean; data leaves fewer
     features dead under topk, at a little more error."""
-    sparsity: ReluL1Config | TopKConfig | BatchTopKConfig = Field(
+    sparsity: ReluL1Config | TopKConfig | BatchTopKConfig | JumpReluConfig = Field(
         default=ReluL1Config(), discriminator="kind"
     )
-    """What keeps the features sparse: relu_l1 (an L1 penalty), topk (the k largest of each token)
-    or batchtopk (k a token on average)."""
+    """What keeps the features sparse: relu_l1 (an L1 penalty), topk (the k largest of each token),
+    batchtopk (k a token on average) or jumprelu (those above a learned threshold)."""
 
     @field_validator("sparsity", mode="before")
     @classmethod
@@ -424,7 +448,7 @@ def run_name(config: TrainConfig) -> str:
     parts = [model, places, sparsity.kind, width]
     standard = TrainConfig()
     for now, default, names in (
-        (sparsity, type(sparsity)(), ("l1", "k", "k_start", "k_ramp")),
+        (sparsity, type(sparsity)(), ("l1", "l0_coef", "k", "k_start", "k_ramp")),
         (config.optim, standard.optim, ("lr",)),
         (config, standard, ("tokens", "seed")),
     ):

@@ -162,7 +162,7 @@ class Learner:
         """What a step needs to bring dead features back."""
         auxk, coef = self.config.sae.sparsity.revival(self.sae.d_in)
         if not auxk:
-            return {}
+            return {"dead": self.dead} if self.sae.sparsity.revival == "auxiliary" else {}
         return {
             "auxk": auxk,
             "auxk_coef": coef * self.variance,  # both losses in the same unit

@@ -1,11 +1,12 @@
 """What keeps the features sparse: a nonlinearity, its penalty, and how dead features come back."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sae.config import Moment
@@ -24,8 +25,8 @@ class Sparsity(nn.Module, ABC):
     """Its name in configs."""
     settings: ClassVar[tuple[str, ...]]
     """Its settings, each an argument and an attribute, and named alike in its config."""
-    revival: ClassVar[Literal["resample", "auxk"]]
-    """How dead features come back: drawn anew, or by the auxiliary loss."""
+    revival: ClassVar[Literal["resample", "auxk", "auxiliary"]]
+    """How dead features come back: drawn anew, by the loss of AuxK, or by `auxiliary`."""
     l0_knob: ClassVar[str]
     """The setting that moves L0."""
     competes: ClassVar[bool] = False
@@ -51,10 +52,23 @@ class Sparsity(nn.Module, ABC):
         return self(pre)
 
     def penalty(
-        self, acts: Float[Tensor, "batch d_sae"], decoder_norms: Float[Tensor, " d_sae"]
+        self,
+        pre: Float[Tensor, "batch d_sae"],
+        acts: Float[Tensor, "batch d_sae"],
+        decoder_norms: Float[Tensor, " d_sae"],
     ) -> Float[Tensor, ""]:
         """What is added to the loss, before its coefficient; mean over the batch."""
         return acts.new_zeros(())
+
+    def auxiliary(
+        self,
+        pre: Float[Tensor, "batch d_sae"],
+        y: Float[Tensor, "batch d_out"],
+        decoder: tuple[Float[Tensor, "d_sae d_out"], Float[Tensor, " d_out"]],
+        dead: Bool[Tensor, " d_sae"] | None,
+    ) -> Float[Tensor, ""]:
+        """A further loss, mean over the batch; `decoder` is W_dec and b_dec, which it leaves."""
+        return pre.new_zeros(())
 
     def config(self) -> dict[str, Any]:
         """Its settings, which `make_sparsity(self.kind, **config)` turns into the same object."""
@@ -88,8 +102,7 @@ class ReluL1(Sparsity):
 
     def __init__(self, l1: float) -> None:
         super().__init__()
-        if not l1 >= 0:
-            raise ConfigError(f"l1 {l1}: the penalty's coefficient must be 0 or more")
+        _check_not_negative(l1=l1)
         self.l1 = l1
 
     def forward(self, pre: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
@@ -97,7 +110,10 @@ class ReluL1(Sparsity):
         return pre.relu()
 
     def penalty(
-        self, acts: Float[Tensor, "batch d_sae"], decoder_norms: Float[Tensor, " d_sae"]
+        self,
+        pre: Float[Tensor, "batch d_sae"],
+        acts: Float[Tensor, "batch d_sae"],
+        decoder_norms: Float[Tensor, " d_sae"],
     ) -> Float[Tensor, ""]:
         """Mean over the batch of Σ_i acts_i · ‖W_dec[i]‖; multiply by `l1`."""
         return (acts @ decoder_norms).mean()
@@ -210,7 +226,111 @@ def _from(pre: Tensor, threshold: Tensor) -> Tensor:
     return torch.where(pre >= threshold, pre, 0).relu()
 
 
-_KINDS: dict[str, type[Sparsity]] = {cls.kind: cls for cls in (ReluL1, TopK, BatchTopK)}
+class JumpRelu(Sparsity):
+    """pre · 1[pre > θ], one learned θ = exp(`log_threshold`) > 0 per feature.
+
+    The penalty counts active features, Σ 1[pre > θ]; or, with `tanh` = c above 0, it is
+    Σ tanh(c · acts · ‖W_dec‖), which also pulls at small activations. Neither the jump nor the
+    count has a gradient to θ, so it gets the kernel estimate of the gradient of their means, from
+    the pre-activations within half a `bandwidth` of θ. Rajamanoharan et al. 2024, arXiv:2407.14435.
+
+    A dead feature comes back by `preact_coef` times Σ ReLU(θ − pre) · ‖W_dec‖ over the dead, which
+    raises its pre-activations and lowers its θ. This and tanh: Anthropic, January 2025 update
+    (transformer-circuits.pub/2025/january-update), which takes the loss over all features.
+    """
+
+    kind = "jumprelu"
+    settings = ("l0_coef", "bandwidth", "tanh", "preact_coef")
+    revival = "auxiliary"
+    l0_knob = "l0_coef"
+
+    log_threshold: nn.Parameter
+
+    def __init__(
+        self,
+        l0_coef: float = 0.0,
+        bandwidth: float = 0.1,
+        tanh: float = 0.0,
+        preact_coef: float = 0.0,
+    ) -> None:
+        super().__init__()
+        _check_not_negative(l0_coef=l0_coef, tanh=tanh, preact_coef=preact_coef)
+        if not bandwidth > 0:
+            raise ConfigError(f"bandwidth {bandwidth}: the kernel must be wider than 0")
+        self.l0_coef, self.bandwidth = l0_coef, bandwidth
+        self.tanh, self.preact_coef = tanh, preact_coef
+        self.allocate(0)
+
+    def allocate(self, d_sae: int, device: Device = None, dtype: torch.dtype | None = None) -> None:
+        """Every θ at `bandwidth`."""
+        start = torch.full((d_sae,), math.log(self.bandwidth), device=device, dtype=dtype)
+        self.log_threshold = nn.Parameter(start)
+
+    @property
+    def threshold(self) -> Float[Tensor, " d_sae"]:
+        """θ of every feature."""
+        return self.log_threshold.exp()
+
+    def forward(self, pre: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
+        """pre where it is above θ, 0 elsewhere; d/dθ is −θ/bandwidth · kernel, as in the paper."""
+        active = self._active(pre)
+        fixed = active.detach()
+        return pre * fixed + self.threshold.detach() * (active - fixed)  # the sum adds 0
+
+    def penalty(
+        self,
+        pre: Float[Tensor, "batch d_sae"],
+        acts: Float[Tensor, "batch d_sae"],
+        decoder_norms: Float[Tensor, " d_sae"],
+    ) -> Float[Tensor, ""]:
+        """Mean over the batch of Σ 1[pre > θ], or of Σ tanh(c · acts · ‖W_dec‖)."""
+        counted = (self.tanh * acts * decoder_norms).tanh() if self.tanh else self._active(pre)
+        return counted.sum(-1).mean()
+
+    def auxiliary(
+        self,
+        pre: Float[Tensor, "batch d_sae"],
+        y: Float[Tensor, "batch d_out"],
+        decoder: tuple[Float[Tensor, "d_sae d_out"], Float[Tensor, " d_out"]],
+        dead: Bool[Tensor, " d_sae"] | None,
+    ) -> Float[Tensor, ""]:
+        """preact_coef · Σ ReLU(θ − pre) · ‖W_dec‖ over the dead features, mean over the batch."""
+        if dead is None or not self.preact_coef or not dead.any():
+            return pre.new_zeros(())
+        norms = torch.linalg.vector_norm(decoder[0][dead], dim=-1)
+        below = (self.threshold[dead] - pre[:, dead]).relu()
+        return self.preact_coef * (below @ norms).mean()
+
+    def _active(self, pre: Tensor) -> Tensor:
+        """1[pre > θ], with the kernel's gradient to θ."""
+        found: Tensor = _Above.apply(pre, self.threshold, self.bandwidth)  # pyright: ignore[reportAssignmentType]  # torch types it as Any | None
+        return found
+
+
+class _Above(torch.autograd.Function):
+    """1[pre > θ]. To θ: −1/bandwidth where |pre − θ| < bandwidth/2, else 0; to pre: nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(pre, threshold)
+        ctx.bandwidth = bandwidth
+        return (pre > threshold).to(pre.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
+        (grad,) = grads
+        pre, threshold = ctx.saved_tensors
+        near = (pre - threshold).abs() < ctx.bandwidth / 2
+        return None, (grad * near).flatten(0, -2).sum(0) / -ctx.bandwidth, None
+
+
+def _check_not_negative(**coefs: float) -> None:
+    for name, coef in coefs.items():
+        if not coef >= 0:
+            raise ConfigError(f"{name} {coef}: a coefficient must be 0 or more")
+
+
+_KINDS: dict[str, type[Sparsity]] = {cls.kind: cls for cls in (ReluL1, TopK, BatchTopK, JumpRelu)}
 
 
 def make_sparsity(kind: str, **settings: Any) -> Sparsity:

@@ -38,8 +38,9 @@ def step(
 ) -> StepStats:
     """Set the gradients of reconstruction + now.coef · penalty + auxk_coef · `losses.auxk`.
 
-    `chunk`: the most tokens worked on at once; `auxk`: dead features used a token, 0 for none;
-    `dead`: which features are; `matmul_dtype`: type of the large products.
+    And of the sparsity's own auxiliary loss, where it has one. `chunk`: the most tokens worked on
+    at once; `auxk`: dead features used a token, 0 for none; `dead`: which features are;
+    `matmul_dtype`: type of the large products.
     """
     if isinstance(sae.sparsity, ReluL1):
         return kernels.relu_l1_step(sae, x, y, now.coef, chunk, matmul_dtype=matmul_dtype)
@@ -48,7 +49,7 @@ def step(
         return kernels.topk_step(sae, x, y, now.k, chunk, **revive, matmul_dtype=matmul_dtype)
     dtype = matmul_dtype or sae.W_enc.dtype
     aux = Auxk(dead, auxk, auxk_coef, dtype) if dead is not None and auxk else None
-    return autograd_step(sae, x, y, now, chunk, aux=aux, matmul_dtype=dtype)
+    return autograd_step(sae, x, y, now, chunk, aux=aux, dead=dead, matmul_dtype=dtype)
 
 
 @torch.no_grad()
@@ -60,6 +61,7 @@ def autograd_step(
     chunk: int | None = None,
     *,
     aux: Auxk | None = None,
+    dead: Bool[Tensor, " d_sae"] | None = None,
     matmul_dtype: torch.dtype,
 ) -> StepStats:
     """The step of any sparsity from its formulas, dense: about ten times a kernel's time.
@@ -72,17 +74,22 @@ def autograd_step(
     parts = list(_parts(len(x), kernels.at_once(x.device, chunk)))
     pre = (_pre(sae, centred[tokens], matmul_dtype) for tokens in parts)
     cut = sae.sparsity.cut(pre, len(x), now)
-    sums = _Sums(sae, len(x))
+    sums = _Sums(sae, len(x), now.coef)
     for tokens in parts:
         with torch.enable_grad():
-            acts = sae.sparsity.in_training(_pre(sae, centred[tokens], matmul_dtype), now, cut)
+            pre = _pre(sae, centred[tokens], matmul_dtype)
+            acts = sae.sparsity.in_training(pre, now, cut)
             recon = (acts.to(matmul_dtype) @ sae.W_dec.to(matmul_dtype)).to(y.dtype) + sae.b_dec
             norms = torch.linalg.vector_norm(sae.W_dec, dim=-1)
-            sums.add(y[tokens] - recon, acts, sae.sparsity.penalty(acts, norms), now.coef)
-    missed = sums.mse.new_zeros(())
+            penalty = sae.sparsity.penalty(pre, acts, norms)
+            decoder = sae.W_dec.detach(), sae.b_dec.detach()
+            own = sae.sparsity.auxiliary(pre, y[tokens], decoder, dead)
+            sums.add(acts, y[tokens] - recon, penalty, own)
+    missed = sums.loss.new_zeros(())
     if aux is not None:
         missed = aux.add(sae, centred, torch.cat(sums.residual), sums.grads, chunk)
-    return sums.finish(now.coef, missed, aux.coef if aux else 0.0, cut)
+        sums.loss += aux.coef * missed
+    return sums.finish(missed, cut)
 
 
 def _parts(n: int, size: int) -> Iterator[slice]:
@@ -101,19 +108,20 @@ class _Sums:
     The input is centred outside the graph, as in the kernels: `Gradients.write` adds that part.
     """
 
-    def __init__(self, sae: Autoencoder, tokens: int) -> None:
+    def __init__(self, sae: Autoencoder, tokens: int, coef: float) -> None:
         zeros = sae.W_dec.new_zeros
         (d_in, d_sae), d_out = sae.W_enc.shape, sae.W_dec.shape[1]
-        self.sae, self.tokens = sae, tokens
+        self.sae, self.tokens, self.coef = sae, tokens, coef
         self.grads = Gradients(zeros(d_sae, d_in), zeros(d_sae), zeros(d_sae, d_out), zeros(d_out))
         self.own = {p: torch.zeros_like(p) for p in sae.sparsity.parameters()}
-        self.mse, self.penalty = zeros(()), zeros(())
+        self.loss, self.mse, self.penalty = zeros(()), zeros(()), zeros(())
         self.fired = torch.zeros(d_sae, dtype=torch.long, device=sae.W_dec.device)
         self.residual: list[Tensor] = []
 
-    def add(self, residual: Tensor, acts: Tensor, penalty: Tensor, coef: float) -> None:
-        """One chunk, with what its loss gives as gradients."""
+    def add(self, acts: Tensor, residual: Tensor, penalty: Tensor, auxiliary: Tensor) -> None:
+        """One chunk, with the gradients of its share of the loss."""
         mse, share = residual.square().sum() / self.tokens, len(acts) / self.tokens
+        loss = mse + share * (self.coef * penalty + auxiliary)
         into = {
             self.sae.W_enc: self.grads.W_enc_T.T,
             self.sae.b_enc: self.grads.b_enc,
@@ -121,20 +129,20 @@ class _Sums:
             self.sae.b_dec: self.grads.b_dec,
             **self.own,
         }
-        found = torch.autograd.grad(mse + coef * share * penalty, [*into], allow_unused=True)
+        found = torch.autograd.grad(loss, [*into], allow_unused=True)
         for total, grad in zip(into.values(), found, strict=True):
             if grad is not None:
                 total.add_(grad)
+        self.loss += loss.detach()
         self.mse += mse.detach()
         self.penalty += share * penalty.detach()
         self.fired += (acts.detach() > 0).sum(0)
         self.residual.append(residual.detach())
 
-    def finish(self, coef: float, missed: Tensor, aux_coef: float, cut: Tensor | None) -> StepStats:
+    def finish(self, missed: Tensor, cut: Tensor | None) -> StepStats:
         """Set the gradients."""
         self.grads.write(self.sae)
         for parameter, grad in self.own.items():
             parameter.grad = grad
-        loss = self.mse + coef * self.penalty + aux_coef * missed
         l0 = self.fired.sum() / self.tokens
-        return StepStats(loss, self.mse, self.penalty, missed, l0, self.fired, cut)
+        return StepStats(self.loss, self.mse, self.penalty, missed, l0, self.fired, cut)

@@ -25,7 +25,7 @@ def plain_step(sae: SparseAutoencoder, x: torch.Tensor) -> None:
     """The formulas under autocast, as one would write them first."""
     with torch.autocast(x.device.type, torch.bfloat16):
         out = sae(x)
-    penalty = sae.sparsity.penalty(out.acts.float(), sae.decoder_norms)
+    penalty = sae.sparsity.penalty(out.pre, out.acts.float(), sae.decoder_norms)
     for p in sae.parameters():
         p.grad = None
     (losses.reconstruction(out.recon.float(), x) + 5 * penalty).backward()

@@ -38,7 +38,7 @@ def plain(
     sae.zero_grad()
     out = sae(x)
     mse = losses.reconstruction(out.recon, y)
-    penalty = sae.sparsity.penalty(out.acts, sae.decoder_norms)
+    penalty = sae.sparsity.penalty(out.pre, out.acts, sae.decoder_norms)
     aux = mse.new_zeros(())
     if dead is not None:
         aux = losses.auxk(out.pre, y - out.recon, dead, sae.W_dec, auxk)

@@ -1,6 +1,7 @@
 """Proves that each sparsity follows its paper's formula, has the gradients of its loss, and comes
 back from the disk as it was; and that the registry refuses the rest."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from sae import losses, steps
 from sae.autoencoder import SparseAutoencoder
 from sae.config import Moment
 from sae.errors import ConfigError
-from sae.sparsity import _KINDS, BatchTopK, ReluL1, Sparsity, TopK, make_sparsity
+from sae.sparsity import _KINDS, BatchTopK, JumpRelu, ReluL1, Sparsity, TopK, make_sparsity
 
 # -------------------------------------------------------------------------- every kind, by table
 
@@ -27,6 +28,14 @@ def in_training(sae: SparseAutoencoder, x: Tensor, now: Moment) -> tuple[Tensor,
     """Pre-activations and the activations of a training step on x."""
     pre = sae.pre(x).detach()
     return pre, sae.sparsity.in_training(pre, now, sae.sparsity.cut([pre], len(pre), now))
+
+
+def planted(seed: int, n: int) -> Tensor:
+    """n tokens of 48 sparse features in 16 dimensions."""
+    generator = torch.Generator().manual_seed(seed)
+    on = torch.rand(n, 48, generator=generator) < 0.08
+    directions = torch.nn.functional.normalize(randn(48, 16), dim=1)
+    return (on * torch.rand(n, 48, generator=generator)) @ directions
 
 
 def test_the_table_holds_every_kind():
@@ -120,7 +129,7 @@ def test_a_config_makes_the_same_sparsity_again(kind: str):
     assert type(again) is type(sparsity)
     assert again.config() == sparsity.config()
     assert sparsity.l0_knob in sparsity.config()
-    assert sparsity.revival in ("resample", "auxk")
+    assert sparsity.revival in ("resample", "auxk", "auxiliary")
 
 
 # ------------------------------------------------------------------------------------- one by one
@@ -132,7 +141,7 @@ def test_relu_l1_is_relu_and_weights_the_penalty_by_decoder_norms():
     acts = sparsity(pre)
     assert torch.equal(acts, torch.tensor([[1.0, 0.0, 3.0], [0.0, 0.0, 2.0]]))
     norms = torch.tensor([1.0, 10.0, 0.5])
-    assert sparsity.penalty(acts, norms).item() == ((1 + 1.5) + 1.0) / 2
+    assert sparsity.penalty(pre, acts, norms).item() == ((1 + 1.5) + 1.0) / 2
 
 
 def test_the_penalty_does_not_change_when_scale_moves_between_activation_and_decoder():
@@ -140,7 +149,7 @@ def test_the_penalty_does_not_change_when_scale_moves_between_activation_and_dec
     scale = torch.rand(6).double() + 0.5
     sparsity = ReluL1(1.0)
     torch.testing.assert_close(
-        sparsity.penalty(acts * scale, norms / scale), sparsity.penalty(acts, norms)
+        sparsity.penalty(acts, acts * scale, norms / scale), sparsity.penalty(acts, acts, norms)
     )
 
 
@@ -161,7 +170,7 @@ def test_topk_of_all_features_is_relu():
 def test_topk_never_activates_what_is_negative_and_has_no_penalty():
     pre = -torch.rand(2, 3, 8)
     assert TopK(4)(pre).count_nonzero() == 0
-    assert TopK(4).penalty(torch.rand(2, 8), torch.rand(8)) == 0
+    assert TopK(4).penalty(pre, torch.rand(2, 8), torch.rand(8)) == 0
 
 
 def test_topk_passes_gradients_to_the_kept_features_only():
@@ -192,31 +201,101 @@ def test_batchtopk_chooses_the_same_however_the_batch_comes():
 
 def test_the_threshold_of_batchtopk_gives_the_l0_of_the_training():
     """On data with planted features, learning from each step as a run does."""
-    directions = torch.nn.functional.normalize(randn(48, 16), dim=1)
-
-    def batch(seed: int, n: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        on = torch.rand(n, 48, generator=generator) < 0.08
-        return (on * torch.rand(n, 48, generator=generator)) @ directions
-
     sparsity, now = BatchTopK(3), Moment(k=3)
     sae = SparseAutoencoder(16, 64, sparsity)
     adam = torch.optim.Adam(sae.parameters(), lr=3e-3)
     steps_ = 800
     for step in range(steps_):
         adam.param_groups[0]["lr"] = 3e-3 * min(1, 5 * (1 - step / steps_))
-        x = batch(step, 256)
+        x = planted(step, 256)
         sparsity.observe(steps.step(sae, x, x, now).cut)
         adam.step()
-    x = batch(steps_, 8192)
+    x = planted(steps_, 8192)
     training = losses.l0(in_training(sae, x, now)[1]).item()
     assert training == pytest.approx(3, rel=1e-3)
     assert losses.l0(sae.encode(x)).item() == pytest.approx(training, rel=0.02)
 
 
+def test_jumprelu_at_threshold_0_is_relu():
+    sparsity, pre = JumpRelu(), randn(5, 8)
+    sparsity.allocate(8)
+    sparsity.log_threshold.data.fill_(-torch.inf)
+    assert torch.equal(sparsity(pre), pre.relu())
+
+
+def jumprelu(threshold: float, bandwidth: float, **settings: float) -> SparseAutoencoder:
+    """One feature, whose pre-activation is the input, and decoder norm 2."""
+    sparsity = JumpRelu(bandwidth=bandwidth, **settings)
+    sae = SparseAutoencoder(1, 1, sparsity, dtype=torch.float64)
+    sae.W_enc.data.fill_(1.0)
+    sae.W_dec.data.fill_(2.0)
+    sparsity.log_threshold.data.fill_(math.log(threshold))
+    return sae
+
+
+def slope_of_log_threshold(sae: SparseAutoencoder, x: Tensor, now: Moment, **options) -> float:
+    steps.step(sae, x, x, now, **options)
+    grad = dict(sae.named_parameters())["sparsity.log_threshold"].grad
+    assert grad is not None
+    return grad.item()
+
+
+def test_the_gradient_of_jumprelus_threshold_is_the_papers():
+    """(11) and (12) of arXiv:2407.14435, times θ for the logarithm."""
+    theta, width, coef = 0.5, 0.4, 3.0
+    x = torch.tensor([[0.2], [0.45], [0.55], [0.65], [0.8]], dtype=torch.float64)
+    near, above = torch.tensor([0, 1, 1, 1, 0]), (x > theta)[:, 0]
+    d_acts = 2 * (2 * x * above[:, None] - x)[:, 0] * 2.0  # decoder norm 2
+    wanted = (near / -width * (d_acts * theta + coef)).mean() * theta
+    got = slope_of_log_threshold(jumprelu(theta, width), x, Moment(coef=coef))
+    assert got == pytest.approx(wanted.item())
+
+
+@pytest.mark.parametrize("tanh", [0.0, 1.5])
+def test_the_gradient_of_jumprelus_threshold_is_that_of_the_mean_loss(tanh: float):
+    """Finite differences of the loss averaged over many samples of a normal distribution."""
+    ranks = (torch.arange(400_000, dtype=torch.float64)[:, None] + 0.5) / 400_000
+    x = torch.special.ndtri(ranks) * 0.6 + 0.3
+    now, theta, h = Moment(coef=0.3), 0.5, 0.005
+    got = slope_of_log_threshold(jumprelu(theta, 2 * h, tanh=tanh), x, now)
+    above = loss_of(jumprelu(theta + h, 0.1, tanh=tanh), x, x, now)
+    below = loss_of(jumprelu(theta - h, 0.1, tanh=tanh), x, x, now)
+    assert got == pytest.approx(theta * (above - below) / (2 * h), rel=0.02)
+
+
+def test_jumprelus_thresholds_move_in_training():
+    """Each of them, by far more than rounding, and features end at different ones."""
+    x = planted(0, 4096)
+    sparsity = JumpRelu(bandwidth=0.1)
+    sae = SparseAutoencoder(16, 64, sparsity)
+    adam = torch.optim.Adam(sae.parameters(), lr=3e-3)
+    for step in range(300):
+        rows = x[step * 13 % 4000 :][:256]
+        steps.step(sae, rows, rows, Moment(coef=0.01))
+        adam.step()
+    moved = (sparsity.threshold / 0.1).log().abs()
+    fires = (sae.encode(x) > 0).any(0)
+    assert fires.float().mean() > 0.8
+    assert (moved[fires] > 0.05).float().mean() > 0.95
+    assert sparsity.threshold[fires].log().std() > 0.03
+
+
+def test_jumprelu_lifts_the_dead_and_no_others():
+    sae, dead = jumprelu(0.5, 0.1, preact_coef=0.25), torch.tensor([True])
+    x = torch.tensor([[-1.0], [0.3]], dtype=torch.float64)
+    args = sae.pre(x), x, (sae.W_dec.detach(), sae.b_dec.detach())
+    loss = sae.sparsity.auxiliary(*args, dead)
+    assert loss.item() == pytest.approx(0.25 * 2 * (1.5 + 0.2) / 2)
+    loss.backward()
+    assert sae.b_enc.grad is not None and sae.b_enc.grad.item() == pytest.approx(-0.5)
+    assert sae.sparsity.auxiliary(*args, ~dead) == 0 == sae.sparsity.auxiliary(*args, None)
+
+
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
+        ("jumprelu", {"bandwidth": 0.0}, "bandwidth 0"),
+        ("jumprelu", {"l0_coef": -1.0}, "l0_coef -1"),
         ("topkk", {"k": 3}, "did you mean 'topk'"),
         ("topk", {"l1": 3}, "wrong settings"),
         ("topk", {"k": 0}, "k 0"),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sae.autoencoder import SparseAutoencoder
 from sae.config import Moment
-from sae.sparsity import BatchTopK, ReluL1, Sparsity, TopK
+from sae.sparsity import BatchTopK, JumpRelu, ReluL1, Sparsity, TopK
 
 D_SAE = 24
 
@@ -52,6 +52,12 @@ VARIANTS = {
         active=lambda pre, _: (pre > 0) & largest(pre, 4 * len(pre)),
         tiny={"sae.sparsity.kind": "batchtopk", "sae.sparsity.k_start": "2"},
         now=Moment(k=4),
+    ),
+    "jumprelu": Variant(
+        make=lambda: JumpRelu(1.0, 0.3, tanh=2.0, preact_coef=0.1),
+        active=lambda pre, sparsity: pre > sparsity.get_parameter("log_threshold").exp(),
+        tiny={"sae.sparsity.kind": "jumprelu", "sae.sparsity.k": None},
+        now=Moment(coef=0.7),
     ),
 }
 
