@@ -51,7 +51,7 @@ class Split:
 class Exam:
     """Two splits of planted samples, drawn once, on which any dictionary can be scored."""
 
-    def __init__(self, features: PlantedFeatures, n: int = 50_000, seed: int = 1 << 31):
+    def __init__(self, features: PlantedFeatures, n: int = 20_000, seed: int = 1 << 31):
         generator = torch.Generator().manual_seed(seed)
 
         def drawn() -> Split:

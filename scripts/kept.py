@@ -1,0 +1,36 @@
+"""Results that outlive the process that computed them."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sae.store import write_atomic
+
+
+class Kept:
+    """Results by key in a JSON file; those found there are not computed again.
+
+    `about` are the settings all of them share: a file made under others is refused.
+    """
+
+    def __init__(self, path: Path, about: dict[str, Any]):
+        self.path = path
+        empty = {"about": about, "results": {}}
+        self._data = json.loads(path.read_text()) if path.exists() else empty
+        if self._data["about"] != about:
+            sys.exit(f"{path} holds other settings, {self._data['about']}; give another --out")
+
+    def of(self, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The result named `key`, computed and written down if it is not there."""
+        results = self._data["results"]
+        if key not in results:
+            found = compute()
+            if self.path.exists():  # another process may have added to it meanwhile
+                results |= json.loads(self.path.read_text())["results"]
+            results[key] = found
+            write_atomic(self.path, json.dumps(self._data, indent=1))
+            shown = ", ".join(f"{k} {v:.4g}" for k, v in found.items() if isinstance(v, float))
+            print(f"{key}: {shown}", flush=True)
+        return results[key]
