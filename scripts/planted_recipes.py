@@ -23,6 +23,13 @@ POOL_BATCHES = 64
 RECIPES: dict[str, dict[str, Any]] = {
     "relu_l1": {"sparsity.kind": "relu_l1", "sparsity.l1": 5, "sparsity.l1_warmup": 0.5},
     "topk": {"sparsity.kind": "topk", "sparsity.k": 4},
+    "batchtopk": {"sparsity.kind": "batchtopk", "sparsity.k": 4},
+    "jumprelu": {
+        "sparsity.kind": "jumprelu",
+        "sparsity.l0_coef": 5,
+        "sparsity.l0_warmup": 0.5,
+        "sparsity.bandwidth": 1,
+    },
 }
 """Settings of `sae` by variant, for 256 features in 128 dimensions, 4 active."""
 

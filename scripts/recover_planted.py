@@ -45,13 +45,14 @@ class Study:
 
 
 ALL = tuple(RECIPES)
+FAST = ("topk",)
 STUDIES = {
-    "clean": Study("256 features, no noise", SMALL, ALL, 1 << 20),
-    "noisy": Study("256 features, σ = 0.05", NOISY, ALL, 1 << 20),
+    "clean": Study("256 features, no noise", SMALL, ALL, 1 << 19),
+    "noisy": Study("256 features, σ = 0.05", NOISY, ALL, 1 << 19),
     "large": Study(
         "1,024 features, no noise",
         PlantedConfig(d_in=128, n_features=1024, active=8),
-        ("topk",),
+        FAST,
         1 << 20,
         {"sae.sparsity.k": 8},
     ),
@@ -59,18 +60,18 @@ STUDIES = {
         "256 features, 32 groups of correlation 0.5",
         dataclasses.replace(NOISY, groups=32, correlation=0.5),
         ALL,
-        1 << 20,
+        1 << 19,
     ),
     "hierarchical": Study(
-        "64 parents with 3 children each", dataclasses.replace(NOISY, children=3), ALL, 1 << 20
+        "64 parents with 3 children each", dataclasses.replace(NOISY, children=3), ALL, 1 << 19
     ),
     "transcoder": Study(
-        "a map from 128 to 96 dimensions", dataclasses.replace(NOISY, d_out=96), ALL, 1 << 20
+        "a map from 128 to 96 dimensions", dataclasses.replace(NOISY, d_out=96), FAST, 1 << 20
     ),
     "crosscoder": Study(
         "3 sites of 64 dimensions, a quarter of the features at one of them",
         dataclasses.replace(NOISY, d_in=64, sites=3, private=0.25),
-        ALL,
+        FAST,
         1 << 20,
     ),
 }
