@@ -243,6 +243,21 @@ class JumpReluConfig(SparsityConfig):
         return Moment(coef=self.l0_coef * warmed_up(done, self.l0_warmup))
 
 
+class GatedConfig(SparsityConfig):
+    """Features with a gate apart from their magnitude, under an L1 penalty on the gate."""
+
+    kind: Literal["gated"] = "gated"
+    """Features with a gate, under an L1 penalty on the gate alone."""
+    l1: NotNegative = 5.0
+    """Weight of the L1 penalty on activations of mean norm √d_in, 1 to 10; higher is sparser."""
+    l1_warmup: Share = 0.05
+    """Share of the tokens over which the L1 penalty rises from 0, 0 to 0.2."""
+
+    def at(self, done: float) -> Moment:
+        """The coefficient, which rises from 0 over `l1_warmup`."""
+        return Moment(coef=self.l1 * warmed_up(done, self.l1_warmup))
+
+
 class SAEConfig(Settings):
     """The sparse autoencoder."""
 
@@ -255,11 +270,12 @@ class SAEConfig(Settings):
     init: Literal["random", "data"] = "random"
     """Directions to start from: random ones, or those of tokens from the mean; data leaves fewer
     features dead under topk, at a little more error."""
-    sparsity: ReluL1Config | TopKConfig | BatchTopKConfig | JumpReluConfig = Field(
+    sparsity: ReluL1Config | TopKConfig | BatchTopKConfig | JumpReluConfig | GatedConfig = Field(
         default=ReluL1Config(), discriminator="kind"
     )
     """What keeps the features sparse: relu_l1 (an L1 penalty), topk (the k largest of each token),
-    batchtopk (k a token on average) or jumprelu (those above a learned threshold)."""
+    batchtopk (k a token on average), jumprelu (those above a learned threshold) or gated (an L1
+    penalty on a gate alone)."""
 
     @field_validator("sparsity", mode="before")
     @classmethod

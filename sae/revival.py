@@ -31,8 +31,8 @@ def resample(
     Tokens are drawn with probability ∝ squared loss, without replacement. A feature's decoder row
     becomes the direction of its token's residual (Bricken et al. 2023 take the token itself; the
     residual leaves out what other features already say) at the living rows' mean norm, its encoder
-    column the same direction at ENCODER_SHARE of theirs, its bias 0, and Adam forgets its past.
-    `tokens`: how many are encoded at a time.
+    column the same direction at ENCODER_SHARE of theirs, its bias 0; the sparsity and Adam forget
+    its past. `tokens`: how many are encoded at a time.
     """
     tokens = tokens or MicroBatch("resampling", "tokens", "lower optim.batch or sae.d_sae")
     parts = tokens.split(len(x), lambda rows: y[rows] - sae(x[rows]).recon)
@@ -54,7 +54,9 @@ def resample(
         towards = torch.nn.functional.normalize(x[drawn], dim=1)
         sae.W_enc[:, index] = (towards * encoder_norm).T
     sae.b_enc[index] = 0
-    for parameter, axis in ((sae.W_enc, 1), (sae.W_dec, 0), (sae.b_enc, 0)):
+    sae.sparsity.renew(index)
+    own = [(parameter, 0) for parameter in sae.sparsity.parameters()]
+    for parameter, axis in ((sae.W_enc, 1), (sae.W_dec, 0), (sae.b_enc, 0), *own):
         for name in ("exp_avg", "exp_avg_sq"):
             if name in optimizer.state[parameter]:
                 optimizer.state[parameter][name].index_fill_(axis, index, 0)

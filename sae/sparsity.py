@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sae.config import Moment
@@ -81,6 +81,14 @@ class Sparsity(nn.Module, ABC):
     def allocate(self, d_sae: int, device: Device = None, dtype: torch.dtype | None = None) -> None:
         """Create its tensors for `d_sae` features, as they are before training."""
         return
+
+    @torch.no_grad()
+    def renew(self, features: Int[Tensor, " n"]) -> None:
+        """Set what it holds of some features to what it was before training."""
+        for name, parameter in self.named_parameters():
+            fresh = make_sparsity(self.kind, **self.config())
+            fresh.allocate(len(parameter), parameter.device, parameter.dtype)
+            parameter[features] = fresh.get_parameter(name)[features]
 
     def extra_repr(self) -> str:
         """The settings as shown by `print(sae)`."""
@@ -249,7 +257,7 @@ class JumpRelu(Sparsity):
     def __init__(
         self,
         l0_coef: float = 0.0,
-        bandwidth: float = 0.1,
+        bandwidth: float = 1.0,
         tanh: float = 0.0,
         preact_coef: float = 0.0,
     ) -> None:
@@ -324,13 +332,68 @@ class _Above(torch.autograd.Function):
         return None, (grad * near).flatten(0, -2).sum(0) / -ctx.bandwidth, None
 
 
+class Gated(Sparsity):
+    """1[pre > 0] · ReLU(exp(r_mag) · pre + b_mag): whether a feature is active, and how much.
+
+    The penalty, Σ ReLU(pre) · ‖W_dec‖, pulls at the gate alone, so that it does not shrink the
+    activations. The gate has no gradient from the reconstruction; it learns from an auxiliary one,
+    ‖y − ReLU(pre) @ W_dec − b_dec‖², whose decoder is frozen. Rajamanoharan et al. 2024,
+    arXiv:2404.16014; their magnitude starts from pre without its bias, which b_mag makes up for.
+    """
+
+    kind = "gated"
+    settings = ("l1",)
+    revival = "resample"
+    l0_knob = "l1"
+
+    r_mag: nn.Parameter
+    b_mag: nn.Parameter
+
+    def __init__(self, l1: float = 0.0) -> None:
+        super().__init__()
+        _check_not_negative(l1=l1)
+        self.l1 = l1
+        self.allocate(0)
+
+    def allocate(self, d_sae: int, device: Device = None, dtype: torch.dtype | None = None) -> None:
+        """Zeros, with which it is ReLU."""
+        self.r_mag = nn.Parameter(torch.zeros(d_sae, device=device, dtype=dtype))
+        self.b_mag = nn.Parameter(torch.zeros(d_sae, device=device, dtype=dtype))
+
+    def forward(self, pre: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
+        """ReLU(exp(r_mag) · pre + b_mag) where pre is positive, 0 elsewhere."""
+        return torch.where(pre > 0, self.r_mag.exp() * pre + self.b_mag, 0).relu()
+
+    def penalty(
+        self,
+        pre: Float[Tensor, "batch d_sae"],
+        acts: Float[Tensor, "batch d_sae"],
+        decoder_norms: Float[Tensor, " d_sae"],
+    ) -> Float[Tensor, ""]:
+        """Mean over the batch of Σ ReLU(pre) · ‖W_dec‖; multiply by `l1`."""
+        return (pre.relu() @ decoder_norms).mean()
+
+    def auxiliary(
+        self,
+        pre: Float[Tensor, "batch d_sae"],
+        y: Float[Tensor, "batch d_out"],
+        decoder: tuple[Float[Tensor, "d_sae d_out"], Float[Tensor, " d_out"]],
+        dead: Bool[Tensor, " d_sae"] | None,
+    ) -> Float[Tensor, ""]:
+        """Mean over the batch of ‖y − ReLU(pre) @ W_dec − b_dec‖²."""
+        W_dec, b_dec = decoder
+        return (y - pre.relu() @ W_dec - b_dec).square().sum(-1).mean()
+
+
 def _check_not_negative(**coefs: float) -> None:
     for name, coef in coefs.items():
         if not coef >= 0:
             raise ConfigError(f"{name} {coef}: a coefficient must be 0 or more")
 
 
-_KINDS: dict[str, type[Sparsity]] = {cls.kind: cls for cls in (ReluL1, TopK, BatchTopK, JumpRelu)}
+_KINDS: dict[str, type[Sparsity]] = {
+    cls.kind: cls for cls in (ReluL1, TopK, BatchTopK, JumpRelu, Gated)
+}
 
 
 def make_sparsity(kind: str, **settings: Any) -> Sparsity:

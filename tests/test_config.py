@@ -298,7 +298,7 @@ def test_another_kind_drops_the_files_other_sparsity_settings_but_no_mistakes(wr
     typo = write("sae: {sparsity: {kind: topk, kk: 3}}", "typo.yaml")
     assert mistakes(typo, other)[0].startswith("sae.sparsity.kk: unknown setting")
     assert mistakes(path, {"sae.sparsity.l1": "2"}) == [
-        "sae.sparsity.l1: unknown setting; it belongs to sae.sparsity.kind: relu_l1"
+        "sae.sparsity.l1: unknown setting; it belongs to sae.sparsity.kind: relu_l1 or gated"
     ]
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sae.autoencoder import SparseAutoencoder
 from sae.revival import ENCODER_SHARE, resample
-from sae.sparsity import ReluL1
+from sae.sparsity import Gated, ReluL1
 
 D, D_SAE, N = 6, 10, 40
 DEAD = torch.tensor([i in (2, 5, 9) for i in range(D_SAE)])
@@ -142,3 +142,20 @@ def test_tokens_are_drawn_in_proportion_to_their_squared_loss() -> None:
         share = weight / 30
         deviation = (share * (1 - share) / draws) ** 0.5
         assert abs(drawn[token] / draws - share) < 4 * deviation
+
+
+@torch.no_grad()
+def test_what_the_sparsity_holds_of_a_feature_begins_anew():
+    sae, drawn = SparseAutoencoder(4, 3, Gated(1.0)), torch.Generator().manual_seed(0)
+    for parameter in sae.sparsity.parameters():
+        parameter.fill_(2.0)
+    adam, x = torch.optim.Adam(sae.parameters()), torch.randn(8, 4, generator=drawn)
+    for parameter in sae.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    adam.step()
+    before = [parameter.clone() for parameter in sae.sparsity.parameters()]
+    moved = resample(sae, adam, x, x, torch.tensor([False, True, False]), drawn)
+    assert moved.tolist() == [False, True, False]
+    for parameter, old in zip(sae.sparsity.parameters(), before, strict=True):
+        assert parameter.tolist() == [old[0], 0, old[2]]
+        assert adam.state[parameter]["exp_avg"][1] == 0 != adam.state[parameter]["exp_avg"][0]

@@ -13,7 +13,7 @@ from sae import losses, steps
 from sae.autoencoder import SparseAutoencoder
 from sae.config import Moment
 from sae.errors import ConfigError
-from sae.sparsity import _KINDS, BatchTopK, JumpRelu, ReluL1, Sparsity, TopK, make_sparsity
+from sae.sparsity import _KINDS, BatchTopK, Gated, JumpRelu, ReluL1, Sparsity, TopK, make_sparsity
 
 # -------------------------------------------------------------------------- every kind, by table
 
@@ -77,7 +77,8 @@ def test_gradients_are_those_of_the_loss_by_finite_differences(kind: str, d_out:
     x, y = randn(7, 6, seed=50, dtype=torch.float64), randn(7, d_out, seed=51, dtype=torch.float64)
     loss_of(sae, x, y, variant.now)
     found = {n: p.grad.clone() for n, p in sae.named_parameters() if p.grad is not None}
-    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+    encoder, decoder = ("W_enc", "b_enc"), ("W_dec", "b_dec")
+    for name in encoder if variant.freezes_decoder else (*encoder, *decoder):
         flat = sae.get_parameter(name).data.view(-1)
         for i in range(0, len(flat), 5):
             before = flat[i].item()
@@ -289,6 +290,51 @@ def test_jumprelu_lifts_the_dead_and_no_others():
     loss.backward()
     assert sae.b_enc.grad is not None and sae.b_enc.grad.item() == pytest.approx(-0.5)
     assert sae.sparsity.auxiliary(*args, ~dead) == 0 == sae.sparsity.auxiliary(*args, None)
+
+
+def test_gated_is_relu_before_training_and_the_gate_alone_decides_what_is_active():
+    sparsity, pre = Gated(), randn(5, 8)
+    sparsity.allocate(8)
+    assert torch.equal(sparsity(pre), pre.relu())
+    sparsity.r_mag.data.fill_(math.log(3.0))
+    sparsity.b_mag.data.fill_(0.5)
+    torch.testing.assert_close(sparsity(pre), torch.where(pre > 0, 3 * pre + 0.5, 0))
+
+
+@pytest.mark.parametrize("name", ["r_mag", "b_mag"])
+def test_the_gradients_of_gateds_magnitude_are_those_of_the_loss(name: str):
+    sae = build(Gated(), dtype=torch.float64)
+    x, now, h = randn(9, 6, dtype=torch.float64), Moment(coef=0.7), 1e-6
+    steps.step(sae, x, x, now)
+    parameter = sae.sparsity.get_parameter(name)
+    assert parameter.grad is not None
+    found = parameter.grad.clone()
+    assert found.count_nonzero() > D_SAE / 2
+    for i in range(D_SAE):
+        before = parameter.data[i].item()
+        parameter.data[i] = before + h
+        above = loss_of(sae, x, x, now)
+        parameter.data[i] = before - h
+        slope = (above - loss_of(sae, x, x, now)) / (2 * h)
+        parameter.data[i] = before
+        assert slope == pytest.approx(found[i].item(), rel=1e-5, abs=1e-7)
+
+
+def test_gateds_gate_learns_from_penalty_and_auxiliary_loss_alone():
+    """(8) of arXiv:2404.16014, with all magnitudes off; the decoder learns from neither loss but
+    through its norms."""
+    sae = build(Gated(), d_out=5, dtype=torch.float64)
+    assert isinstance(sae.sparsity, Gated)
+    sae.sparsity.b_mag.data.fill_(-100.0)
+    x, y = randn(9, 6, dtype=torch.float64), randn(9, 5, seed=1, dtype=torch.float64)
+    pre = sae.pre(x).detach()
+    error = pre.relu() @ sae.W_dec + sae.b_dec - y
+    d_pre = (2 * error @ sae.W_dec.T + 0.7 * sae.decoder_norms) * (pre > 0) / 9
+    steps.step(sae, x, y, Moment(coef=0.7))
+    torch.testing.assert_close(sae.W_enc.grad, x.T @ d_pre.detach())
+    torch.testing.assert_close(sae.b_dec.grad, 2 * (sae.b_dec - y).mean(0).detach())
+    unit = sae.W_dec / sae.decoder_norms[:, None]
+    torch.testing.assert_close(sae.W_dec.grad, 0.7 * pre.relu().mean(0)[:, None] * unit.detach())
 
 
 @pytest.mark.parametrize(

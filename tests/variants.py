@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sae.autoencoder import SparseAutoencoder
 from sae.config import Moment
-from sae.sparsity import BatchTopK, JumpRelu, ReluL1, Sparsity, TopK
+from sae.sparsity import BatchTopK, Gated, JumpRelu, ReluL1, Sparsity, TopK
 
 D_SAE = 24
 
@@ -32,6 +32,8 @@ class Variant:
     tiny: dict[str, str | None]
     """Settings of a tiny run, on top of those in `tiny.overrides`."""
     now: Moment = field(default_factory=Moment)
+    freezes_decoder: bool = False
+    """Whether part of the loss has a frozen decoder, whose gradient then is not the loss's."""
 
 
 VARIANTS = {
@@ -58,6 +60,16 @@ VARIANTS = {
         active=lambda pre, sparsity: pre > sparsity.get_parameter("log_threshold").exp(),
         tiny={"sae.sparsity.kind": "jumprelu", "sae.sparsity.k": None},
         now=Moment(coef=0.7),
+    ),
+    "gated": Variant(
+        make=lambda: Gated(5.0),
+        active=lambda pre, sparsity: (
+            (pre > 0)
+            & (sparsity.get_parameter("r_mag").exp() * pre + sparsity.get_parameter("b_mag") > 0)
+        ),
+        tiny=RELU | {"sae.sparsity.kind": "gated", "optim.dead_after": "200"},
+        now=Moment(coef=0.7),
+        freezes_decoder=True,
     ),
 }
 
