@@ -4,7 +4,7 @@ All hookpoints share one order, so the n-th row of every batch is the same token
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import astuple, dataclass
 
 import torch
@@ -70,10 +70,31 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What normalisation needs of one hookpoint's activations, from the first full pool."""
+    """What normalisation needs of some activations: in a run, those of the first full pool."""
 
     mean: Float[Tensor, " d"]
     mean_norm: float
+
+    @classmethod
+    def of(cls, parts: Iterable[Float[Tensor, "n d"]], name: str) -> "Statistics":
+        """Mean and mean norm in fp32; rows not finite do not count.
+
+        Raises ModelError, naming the activations by `name`, where all are zero or not finite.
+        """
+        total, norms, n = torch.zeros(()), 0.0, 0
+        for part in parts:
+            part = part.float()
+            norm = part.norm(dim=1)
+            finite = norm.isfinite()
+            total = total.to(part.device) + part[finite].sum(0)
+            norms += norm[finite].sum().item()
+            n += int(finite.sum())
+        if not norms:
+            raise ModelError(
+                f"{name} are all zero or not finite; wanted finite ones: check the model, and try "
+                "--model.dtype float32"
+            )
+        return cls(total / n, norms / n)
 
     @property
     def scale(self) -> float:
@@ -151,28 +172,14 @@ class ActivationStream:
             )
 
     def statistics(self) -> dict[Hookpoint, Statistics]:
-        """Mean and mean norm of what the pool holds now, in fp32; rows not finite do not count.
-
-        Raises:
-            ModelError: activations that are all zero, or not finite.
-        """
-        found = {}
-        for point, acts in self._acts.items():
-            total, norms, n = torch.zeros(acts.shape[1], device=acts.device), 0.0, 0
-            for rows in self._order.split(4096):
-                part = acts[rows].float()
-                norm = part.norm(dim=1)
-                finite = norm.isfinite()
-                total += part[finite].sum(0)
-                norms += norm[finite].sum().item()
-                n += int(finite.sum())
-            if not norms:
-                raise ModelError(
-                    f"hookpoints: activations at {point} are all zero or not finite; wanted finite "
-                    "ones: check the model, and try --model.dtype float32"
-                )
-            found[point] = Statistics(total / n, norms / n)
-        return found
+        """Those of what the pool holds now. Raises ModelError as `Statistics.of` does."""
+        return {
+            point: Statistics.of(
+                (acts[rows] for rows in self._order.split(4096)),
+                f"hookpoints: activations at {point}",
+            )
+            for point, acts in self._acts.items()
+        }
 
     def __len__(self) -> int:
         """Tokens in the pool that were not drawn yet."""

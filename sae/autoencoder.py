@@ -158,31 +158,35 @@ class SparseAutoencoder(nn.Module):
         acts = self.sparsity(pre)
         return Output(pre, acts, self.decode(acts))
 
-    def folded(self, scale: float) -> "SparseAutoencoder":
-        """A copy for raw inputs of an autoencoder trained on x = raw · `scale`.
+    def folded(self, scale: float, scale_out: float | None = None) -> "SparseAutoencoder":
+        """A copy for raw activations of one trained on raw · `scale` (targets: raw · `scale_out`).
 
-        raw in, raw out: W_enc · scale, b_dec / scale, W_dec / scale, b_enc. Pre-activations and
-        activations stay as they were, and with them all that the sparsity holds (thresholds).
-        Raises ValueError where the scale is not a positive number.
+        raw in, raw out: W_enc · scale, b_dec / scale_out, W_dec / scale_out, b_enc. Pre-activations
+        and activations stay as they were, and with them all that the sparsity holds (thresholds).
+        Targets have the scale of the inputs where it is not given. Raises ValueError where a scale
+        is not a positive number.
         """
-        if not 0 < scale < float("inf"):
-            raise ValueError(f"expected a positive scale, got {scale}")
+        scale_out = scale if scale_out is None else scale_out
+        for each in (scale, scale_out):
+            if not 0 < each < float("inf"):
+                raise ValueError(f"expected a positive scale, got {each}")
         copy = self._like(device="meta")
         tensors = {
             "W_enc": self.W_enc * scale,
             "b_enc": self.b_enc.clone(),
-            "W_dec": self.W_dec / scale,
-            "b_dec": self.b_dec / scale,
+            "W_dec": self.W_dec / scale_out,
+            "b_dec": self.b_dec / scale_out,
             **{n: t.clone() for n, t in self.state_dict().items() if n.startswith(_SPARSITY)},
         }
         copy.load_state_dict({n: t.detach() for n, t in tensors.items()}, assign=True)
         return copy
 
-    def unfolded(self, scale: float) -> "SparseAutoencoder":
-        """The inverse of `folded(scale)`, up to rounding."""
-        if not 0 < scale < float("inf"):
-            raise ValueError(f"expected a positive scale, got {scale}")
-        return self.folded(1 / scale)
+    def unfolded(self, scale: float, scale_out: float | None = None) -> "SparseAutoencoder":
+        """The inverse of `folded` with these scales, up to rounding."""
+        for each in (scale, scale_out):
+            if each is not None and not 0 < each < float("inf"):
+                raise ValueError(f"expected a positive scale, got {each}")
+        return self.folded(1 / scale, None if scale_out is None else 1 / scale_out)
 
     def _like(self, device: str) -> "SparseAutoencoder":
         sparsity = make_sparsity(self.sparsity.kind, **self.sparsity.config())

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,12 +11,11 @@ from torch import Tensor
 
 from sae import steps
 from sae.activations import Batch, Statistics
-from sae.autoencoder import SparseAutoencoder, locate, read_config
-from sae.config import warmed_up
-from sae.hooks import Hookpoint
+from sae.autoencoder import SparseAutoencoder, read_config
+from sae.config import TrainConfig, warmed_up
 from sae.kernels import StepStats
 from sae.memory import MicroBatch
-from sae.planning import Plan, sparsity_of
+from sae.planning import sparsity_of
 from sae.revival import resample
 
 AUXK_CANDIDATES = 2
@@ -25,7 +25,7 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 class Learner:
-    """Adam on one SAE; inputs are scaled by `scale`, which the stored weights have folded in.
+    """Adam on one SAE; inputs are scaled by `scale`, targets by `scale_out`: `raw()` folds them in.
 
     A step has two halves, so that nothing is lost where a gradient is not finite: `gradients`
     leaves everything but the gradients as it was, `apply` does the rest. An L1 penalty makes
@@ -33,14 +33,23 @@ class Learner:
     (after Wright & Sharkey 2024, "Addressing feature suppression in SAEs", who tune the norms).
     """
 
-    def __init__(self, plan: Plan, sae: SparseAutoencoder, scale: float):
-        config = plan.config
-        self.config, self.dtype, self.sae, self.scale = config, plan.dtype, sae, scale
+    def __init__(
+        self,
+        config: TrainConfig,
+        sae: SparseAutoencoder,
+        scale: float,
+        scale_out: float | None = None,
+        *,
+        dtype: torch.dtype,
+    ):
+        self.config, self.dtype, self.sae, self.scale = config, dtype, sae, scale
+        self.is_map = scale_out is not None  # y is not x
+        self.scale_out = scale if scale_out is None else scale_out
         self.generator = torch.Generator().manual_seed(config.seed)
         self.optimizer = torch.optim.Adam(
             sae.parameters(), lr=config.optim.lr, betas=config.optim.betas, fused=True
         )
-        self.quiet = torch.zeros(sae.d_sae, dtype=torch.long, device=plan.device)
+        self.quiet = torch.zeros(sae.d_sae, dtype=torch.long, device=sae.device)
         self.tokens_since_revival = 0
         self.revived = 0
         self.variance = 0.0  # E‖y − mean y‖² of the first batch
@@ -51,37 +60,69 @@ class Learner:
 
     @classmethod
     def begin(
-        cls, plan: Plan, point: Hookpoint, statistics: Statistics, examples: Batch | None = None
+        cls,
+        config: TrainConfig,
+        x: Statistics,
+        y: Statistics | None = None,
+        examples: Batch | None = None,
+        *,
+        dtype: torch.dtype,
     ) -> "Learner":
-        """A new SAE, b_dec at the mean, directions those of `examples`; or that of `init_from`."""
-        config, d_in = plan.config, plan.widths[point]
-        if config.init_from is not None:
-            folder = locate(config.init_from, str(point))
-            old = SparseAutoencoder.from_pretrained(folder, device=plan.device, dtype=torch.float32)
-            scale = (read_config(folder).get("metadata") or {}).get("scale", statistics.scale)
-            learner = cls(plan, _empty(plan, d_in), scale)
-            learner.sae.load_state_dict(old.unfolded(scale).state_dict())
-            return learner
-        learner = cls(plan, _empty(plan, d_in), statistics.scale)
-        scale = statistics.scale
-        towards = None if examples is None else examples.y.float() * scale
-        learner.sae.initialise(statistics.mean * scale, learner.generator, towards)
+        """A new SAE for activations like `x` (on their device) that rebuilds `y`, x where None.
+
+        b_dec is at the mean of what is rebuilt; directions are random, or those of `examples`.
+        `dtype`: of the large products.
+        """
+        to = x if y is None else y
+        sae = _empty(config, len(x.mean), None if y is None else len(y.mean), x.mean.device)
+        learner = cls(config, sae, x.scale, None if y is None else y.scale, dtype=dtype)
+        towards = None if examples is None else examples.y.float() * to.scale
+        sae.initialise(to.mean * to.scale, learner.generator, towards)
+        if y is not None:
+            with torch.no_grad():  # what subtract_b_dec does where x is rebuilt
+                sae.b_enc.sub_(x.mean * x.scale @ sae.W_enc)
         return learner
 
     @classmethod
-    def restored(cls, plan: Plan, point: Hookpoint, state: Mapping[str, Tensor]) -> "Learner":
+    def going_on(
+        cls, config: TrainConfig, folder: Path, x: Statistics, *, dtype: torch.dtype
+    ) -> "Learner":
+        """The weights of an SAE on the disk, for further training on activations like `x`."""
+        device = x.mean.device
+        old = SparseAutoencoder.from_pretrained(folder, device=device, dtype=torch.float32)
+        scale = (read_config(folder).get("metadata") or {}).get("scale", x.scale)
+        sae = _empty(config, old.d_in, None, device)
+        sae.load_state_dict(old.unfolded(scale).state_dict())
+        return cls(config, sae, scale, dtype=dtype)
+
+    @classmethod
+    def restored(
+        cls,
+        config: TrainConfig,
+        state: Mapping[str, Tensor],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> "Learner":
         """The learner whose `state()` this is."""
-        learner = cls(plan, _empty(plan, plan.widths[point]), state["scale"].item())
-        learner.sae.load_state_dict({name: state[name] for name in learner.sae.state_dict()})
+        (d_in, _), (_, d_out) = state["W_enc"].shape, state["W_dec"].shape
+        sae = _empty(config, d_in, d_out if "scale_out" in state else None, device)
+        scales = [state[name].item() for name in ("scale", "scale_out") if name in state]
+        learner = cls(config, sae, *scales, dtype=dtype)
+        sae.load_state_dict({name: state[name] for name in sae.state_dict()})
         for name, parameter in learner.sae.named_parameters():
             if f"{name}/step" in state:
-                moments = {m: state[f"{name}/{m}"].to(plan.device) for m in _MOMENTS}
+                moments = {m: state[f"{name}/{m}"].to(device) for m in _MOMENTS}
                 learner.optimizer.state[parameter] = moments
         learner.quiet.copy_(state["quiet"])
         learner.tokens_since_revival, learner.revived = state["revival"].tolist()
         learner.variance = state["variance"].item()
         learner.generator.set_state(state["generator"])
         return learner
+
+    def raw(self) -> SparseAutoencoder:
+        """The SAE for raw activations, as it is now."""
+        return self.sae.folded(self.scale, self.scale_out)
 
     def state(self) -> dict[str, Tensor]:
         """All that the rest of the training depends on."""
@@ -92,6 +133,8 @@ class Learner:
             "revival": torch.tensor([self.tokens_since_revival, self.revived]),
             "generator": self.generator.get_state(),
         }
+        if self.is_map:
+            tensors["scale_out"] = torch.tensor(self.scale_out, dtype=torch.float64)
         tensors |= self.sae.state_dict()
         for name, parameter in self.sae.named_parameters():
             moments = self.optimizer.state.get(parameter, {})
@@ -100,7 +143,7 @@ class Learner:
 
     def gradients(self, batch: Batch, done: float) -> StepStats:
         """The gradients on raw activations; `done` is the share of the tokens trained on."""
-        x, y = batch.x.float() * self.scale, batch.y.float() * self.scale
+        x, y = batch.x.float() * self.scale, batch.y.float() * self.scale_out
         stats = self._gradients(x, y, done)
         limit = self.config.optim.grad_clip
         self.norm = torch.nn.utils.clip_grad_norm_(self.sae.parameters(), limit or float("inf"))
@@ -171,7 +214,7 @@ class Learner:
 
     def _variance(self, batch: Batch) -> float:
         """Mean over the batch of ‖y − mean y‖², scaled."""
-        y = batch.y.float() * self.scale
+        y = batch.y.float() * self.scale_out
         return (y - y.mean(0)).square().sum(1).mean().item()
 
     def _decayed(self, done: float) -> float:
@@ -194,7 +237,7 @@ class Learner:
         if self.sae.sparsity.revival != "resample" or self._decayed(done) < 1:
             return
         if self.tokens_since_revival >= optim.dead_after:
-            x, y = batch.x.float() * self.scale, batch.y.float() * self.scale
+            x, y = batch.x.float() * self.scale, batch.y.float() * self.scale_out
             dead = self._quietest_dead(len(x))
             moved = resample(self.sae, self.optimizer, x, y, dead, self.generator, self.chunk)
             self.revived += int(moved.sum())
@@ -202,13 +245,15 @@ class Learner:
             self.tokens_since_revival = 0
 
 
-def _empty(plan: Plan, d_in: int) -> SparseAutoencoder:
-    """An SAE of the planned shape, its weights still to be set."""
-    config = plan.config
+def _empty(
+    config: TrainConfig, d_in: int, d_out: int | None, device: torch.device
+) -> SparseAutoencoder:
+    """An SAE of the wanted shape, its weights still to be set; without `d_out` it rebuilds x."""
     return SparseAutoencoder(
         d_in,
         config.sae.width(d_in),
         sparsity_of(config),
-        subtract_b_dec=config.sae.subtract_b_dec,
-        device=plan.device,
+        d_out,
+        subtract_b_dec=config.sae.subtract_b_dec and d_out is None,
+        device=device,
     )

@@ -20,6 +20,7 @@ import torch
 from sae import checkpoint, fingerprint, mirror, planning, store
 from sae import config as settings
 from sae.activations import ActivationStream, Batch
+from sae.autoencoder import locate
 from sae.checkpoint import Checkpoint
 from sae.errors import RunError
 from sae.hooks import Hookpoint
@@ -146,16 +147,25 @@ class Training:
         )
 
     def _learners(self, saved: Checkpoint | None) -> dict[Hookpoint, Learner]:
-        plan = self.plan
+        plan, config, dtype = self.plan, self.plan.config, self.plan.dtype
         if saved:
-            parts = ((p, saved.part(folder_name(str(p)))) for p in plan.hookpoints)
-            return {point: Learner.restored(plan, point, part) for point, part in parts}
-        found, sae = self.stream.statistics(), plan.config.sae
-        most = max(sae.width(d_in) for d_in in plan.widths.values())
-        tokens = self.stream.peek(min(most, len(self.stream))) if sae.init == "data" else {}
+            parts = {p: saved.part(folder_name(str(p))) for p in plan.hookpoints}
+            return {
+                p: Learner.restored(config, part, device=plan.device, dtype=dtype)
+                for p, part in parts.items()
+            }
+        found = self.stream.statistics()
+        if config.init_from is not None:
+            starts = {p: locate(config.init_from, str(p)) for p in plan.hookpoints}
+            return {
+                p: Learner.going_on(config, folder, found[p], dtype=dtype)
+                for p, folder in starts.items()
+            }
+        most = max(config.sae.width(d_in) for d_in in plan.widths.values())
+        tokens = self.stream.peek(min(most, len(self.stream))) if config.sae.init == "data" else {}
         return {
-            point: Learner.begin(plan, point, found[point], tokens.get(point))
-            for point in plan.hookpoints
+            p: Learner.begin(config, found[p], examples=tokens.get(p), dtype=dtype)
+            for p in plan.hookpoints
         }
 
     @property
@@ -319,7 +329,7 @@ def save(
     }
     folder = plan.output / "saes" / folder_name(str(point))
     with store.staged(folder, extra=origin, overwrite=True) as staging:
-        learner.sae.folded(learner.scale).save_pretrained(staging, origin, inputs=examples.x)
+        learner.raw().save_pretrained(staging, origin, inputs=examples.x)
 
 
 class Log:

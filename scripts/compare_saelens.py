@@ -21,7 +21,6 @@ interpolated in log L0 within the range all seeds of both sides share. Every tra
 """
 
 import argparse
-import dataclasses
 import json
 import math
 import os
@@ -147,9 +146,9 @@ def train_ours(bed: Bed, training: Training) -> tuple[SparseAutoencoder, dict[st
             "optim": config.optim.model_copy(update={"lr": training.lr}),
         }
     )
-    run, device = dataclasses.replace(bed.plan, config=config), bed.plan.device
+    device, dtype = bed.plan.device, bed.plan.dtype
     started, tokens = time.perf_counter(), 0
-    learner = Learner.begin(run, bed.point, scale_and_mean)
+    learner = Learner.begin(config, scale_and_mean, dtype=dtype)
     for stored in batches(bed.folder, config.optim.batch):
         x = stored.to(device)
         source = torch.zeros(len(x), 2, dtype=torch.long)  # only logging reads it
@@ -157,7 +156,7 @@ def train_ours(bed: Bed, training: Training) -> tuple[SparseAutoencoder, dict[st
         learner.apply(drawn, learner.gradients(drawn, done), done)
         tokens += len(x)
     info = {"seconds": time.perf_counter() - started, "revived": learner.revived}
-    return learner.sae.folded(learner.scale), info
+    return learner.raw(), info
 
 
 def train_saelens(bed: Bed, training: Training) -> tuple[SparseAutoencoder, dict[str, Any]]:

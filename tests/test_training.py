@@ -177,7 +177,7 @@ def test_a_dead_feature_that_is_not_resampled_stays_dead(folder: Path, tmp_path:
     plan = planned(folder, changes | {"sae.d_sae": "96"})
     stream = training.Training(plan).stream
     (point,) = plan.hookpoints
-    learner = Learner.begin(plan, point, stream.statistics()[point])
+    learner = Learner.begin(plan.config, stream.statistics()[point], dtype=plan.dtype)
     batch = next(iter(stream))[point]
     with torch.no_grad():
         learner.sae.b_enc.fill_(-1e6)
