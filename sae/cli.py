@@ -432,13 +432,14 @@ def _top_of_text(given: dict[str, object]) -> None:
 @_verb("export", "write the dictionary or the weights for other tools")
 def export(args: list[str]) -> None:
     """sae export."""
-    parser = Parser("export", "RUN --format parquet|jsonl|csv|safetensors --out DIR [--feature …]")
+    from sae import formats
+
+    parser = Parser("export", "RUN --format NAME --out DIR [--feature …]")
     _add_run(parser)
-    parser.add_argument("--format", metavar="NAME", help="parquet, jsonl, csv or safetensors")
+    parser.add_argument("--format", metavar="NAME", help=_listed(formats.FORMATS))
     parser.add_argument("--out", metavar="DIR", help="a new folder")
     parser.add_argument("--feature", metavar="1,5,10-20", help="only these features")
     given = parser.read(args)
-    from sae import formats
     from sae.records import parse_features
     from sae.store import Run
 
@@ -454,12 +455,46 @@ def export(args: list[str]) -> None:
 
         chosen = parse_features(str(given["feature"]), read_config(folder)["d_sae"])
     out = str(given["out"])
-    formats.write(name, folder, out, chosen)
+    for note in formats.write(name, folder, out, chosen):
+        print(visible(note))
     print(f"written {out}")
-    if name == "safetensors":
-        print(f"next: in Python, SparseAutoencoder.from_pretrained({out!r})")
-    else:
-        print(f"next: {Path(out) / 'README.md'} tells how to open it")
+    print(f"next: {formats.how_to_open(name, out)}")
+
+
+@_verb("import", "read an SAE that another tool trained, as a run")
+def import_(args: list[str]) -> None:
+    """sae import."""
+    from sae import config, formats
+
+    parser = Parser("import", "SOURCE --output RUN [--format NAME] [--model.name …]")
+    parser.add_argument("source", metavar="SOURCE", help="a file or folder of another tool")
+    parser.add_argument(
+        "--format", metavar="NAME", help=f"{', '.join(formats.READABLE)} (default: by its files)"
+    )
+    for flag in config.flags():
+        if flag.name in ("hookpoints", "output") or flag.name.split(".")[0] in ("model", "data"):
+            parser.add_argument(
+                f"--{flag.name}",
+                nargs="+" if flag.many else None,
+                action="extend" if flag.many else "store",
+                metavar=flag.type,
+                help=flag.help.replace("%", "%%"),
+            )
+    given = parser.read(args)
+    source, name = str(given.pop("source")), given.pop("format", None)
+    from sae.importing import import_run
+
+    found = import_run(source, None if name is None else str(name), given)
+    print(f"read {visible(source)} as {found.format}")
+    for note in found.notes:
+        print(visible(note))
+    print(f"written {found.folder}")
+    run = shlex.quote(str(found.folder))
+    print(f"next: sae evaluate {run}; sae features {run}; sae top {_one_sae(found.folder)}")
+
+
+def _listed(options: dict[str, str]) -> str:
+    return "; ".join(f"{name}: {text}" for name, text in options.items())
 
 
 @_verb("verify", "check a run: hashes, settings, and what its weights give")

@@ -23,7 +23,7 @@ ROWS = (
     "activations losses revival",
     "formats evaluation planning synthetic",
     "learner resuming features terminal scores superposition",
-    "training fitting",
+    "training fitting importing",
     "runs verification",
     "cli",
 )

@@ -1,8 +1,13 @@
-"""What others read: one module for each format, with `write(sae_folder, out, features)`."""
+"""What others read and write: one module for each format.
+
+`write(sae_folder, out, features)` returns notes of what is not bit for bit; those of weights also
+have `recognises(source)` and `read(source)`, which gives `Foreign`s.
+"""
 
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from sae.errors import FormatError, suggest
 
@@ -11,26 +16,63 @@ FORMATS = {
     "jsonl": "the same tables, a JSON object a line",
     "csv": "the same tables, lists and texts as JSON in their cells",
     "safetensors": "the autoencoder: sae.safetensors and cfg.yaml",
+    "saelens": "the autoencoder for SAELens: SAE.load_from_disk(DIR)",
+}
+READABLE = ("safetensors", "saelens")
+_OPENED_BY = {
+    "safetensors": "SparseAutoencoder.from_pretrained({out!r})",
+    "saelens": "SAE.load_from_disk({out!r})",
 }
 
 
-def check(name: str) -> None:
+def check(name: str, among: Sequence[str] = tuple(FORMATS)) -> None:
     """Raise FormatError where there is no such format."""
-    if name not in FORMATS:
+    if name not in among:
         raise FormatError(
-            f"--format {name}: choose one of {', '.join(FORMATS)}{suggest(name, FORMATS)}"
+            f"--format {name}: choose one of {', '.join(among)}{suggest(name, among)}"
         )
 
 
 def write(
     name: str, sae_folder: str | Path, out: str | Path, features: Sequence[int] | None = None
-) -> None:
+) -> list[str]:
     """Write an SAE, or some of its features, to the new folder `out` in the format `name`.
 
-    Raises FormatError for an unknown format, RunError where `out` is taken, a feature does not
-    exist, or the dictionary the tables need is missing.
+    Returns what is not bit for bit. Raises FormatError for an unknown format or what it cannot
+    hold, RunError where `out` is taken, a feature does not exist, or the dictionary the tables
+    need is missing.
     """
     check(name)
+    chosen = None if features is None else list(features)
+    return _module(name).write(Path(sae_folder), Path(out), chosen)
+
+
+def read(source: Path, name: str | None = None) -> tuple[str, list[Any]]:
+    """The autoencoders (`Foreign`) of a file or folder, and the name of its format.
+
+    Raises FormatError for an unknown format, one that cannot be told, and damaged files.
+    """
+    if name is not None:
+        check(name, READABLE)
+    elif (name := recognised(source)) is None:
+        raise FormatError(
+            f"{source} is of no format known here; expected one of {', '.join(READABLE)}"
+        )
+    return name, _module(name).read(source)
+
+
+def recognised(source: Path) -> str | None:
+    """The first format that a file or folder looks like."""
+    return next((name for name in READABLE if _module(name).recognises(source)), None)
+
+
+def how_to_open(name: str, out: str) -> str:
+    """What to do with an export, as a clause."""
+    if name not in _OPENED_BY:
+        return f"{Path(out) / 'README.md'} tells how to open it"
+    return f"in Python, {_OPENED_BY[name].format(out=out)}"
+
+
+def _module(name: str) -> Any:
     # Only the format asked for is imported: not all of them can do without torch.
-    module = importlib.import_module(f"sae.formats.{name}")
-    module.write(Path(sae_folder), Path(out), None if features is None else list(features))
+    return importlib.import_module(f"sae.formats.{name}")

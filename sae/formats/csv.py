@@ -13,9 +13,9 @@ from sae.formats.tables import Rows, export, rows_of
 _NOTE = "\nIn the CSV files lists and texts are JSON: read them with `json.loads`."
 
 
-def write(sae_folder: Path, out: Path, features: list[int] | None = None) -> None:
+def write(sae_folder: Path, out: Path, features: list[int] | None = None) -> list[str]:
     """Write features.csv and examples.csv to the new folder `out`."""
-    export(sae_folder, out, features, "csv", _write_table, _NOTE)
+    return export(sae_folder, out, features, "csv", _write_table, _NOTE)
 
 
 def _write_table(file: Path, schema: pa.Schema, batches: Rows) -> None:

@@ -8,9 +8,9 @@ import pyarrow as pa
 from sae.formats.tables import Rows, export, rows_of
 
 
-def write(sae_folder: Path, out: Path, features: list[int] | None = None) -> None:
+def write(sae_folder: Path, out: Path, features: list[int] | None = None) -> list[str]:
     """Write features.jsonl and examples.jsonl to the new folder `out`."""
-    export(sae_folder, out, features, "jsonl", _write_table)
+    return export(sae_folder, out, features, "jsonl", _write_table)
 
 
 def _write_table(file: Path, schema: pa.Schema, batches: Rows) -> None:

@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 from sae.formats.tables import Rows, export
 
 
-def write(sae_folder: Path, out: Path, features: list[int] | None = None) -> None:
+def write(sae_folder: Path, out: Path, features: list[int] | None = None) -> list[str]:
     """Write features.parquet and examples.parquet to the new folder `out`."""
-    export(sae_folder, out, features, "parquet", _write_table)
+    return export(sae_folder, out, features, "parquet", _write_table)
 
 
 def _write_table(file: Path, schema: pa.Schema, batches: Rows) -> None:

@@ -26,7 +26,7 @@ def export(
     suffix: str,
     write_table: Callable[[Path, pa.Schema, Rows], None],
     note: str = "",
-) -> None:
+) -> list[str]:
     """Write both tables by `write_table`, with the tokens they refer to, card and provenance."""
     source = features_folder(sae_folder)
     check_dictionary(source)
@@ -41,6 +41,7 @@ def export(
         shutil.copy(source / TOKENS, folder)
         write_card(folder, suffix, manifest, note)
         write_json(folder / "provenance.json", facts)
+    return []
 
 
 def provenance(manifest: Mapping[str, Any], features: list[int] | None) -> dict[str, Any]:

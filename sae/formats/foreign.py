@@ -1,0 +1,325 @@
+"""What the formats of other tools have in common: an autoencoder on its way out or in.
+
+A writer is `fill(folder, Foreign) -> notes`, wrapped by `export`; a reader gives Foreigns. Notes
+say what is not bit for bit. What a format cannot hold is refused by name.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from sae import config
+from sae.autoencoder import SparseAutoencoder, read_config
+from sae.errors import ConfigError, FormatError, SAEError
+from sae.formats.tables import provenance
+from sae.hooks import Hookpoint
+from sae.records import check_features
+from sae.sparsity import Sparsity, make_sparsity
+from sae.store import (
+    MANIFEST,
+    WEIGHTS,
+    read_manifest,
+    sha256,
+    staged,
+    write_atomic,
+    write_json,
+)
+from sae.untrusted import read_json
+
+PROVENANCE = "provenance.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+Notes = list[str]
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """An autoencoder, and what is known of where it belongs.
+
+    `facts`: hookpoint, model, revision, data, context and the like, in our words; a reader leaves
+    out what the files do not say. `notes`: what reading changed, and what is in doubt.
+    """
+
+    sae: SparseAutoencoder
+    facts: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """The kind of its sparsity."""
+        return self.sae.sparsity.kind
+
+    @property
+    def hookpoint(self) -> Hookpoint | None:
+        """Where it reads, None where that is not known."""
+        name = self.facts.get("hookpoint")
+        return Hookpoint.parse(name) if isinstance(name, str) else None
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Its weights by our names, on the CPU."""
+        state = self.sae.state_dict()
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+    def says(self, name: str) -> str:
+        """A fact as text, "" where it is not known."""
+        return str(self.facts.get(name) or "")
+
+
+# ------------------------------------------------------------------------------------------ out
+
+
+def export(
+    name: str,
+    sae_folder: Path,
+    out: Path,
+    features: list[int] | None,
+    fill: Callable[[Path, Foreign], Notes],
+) -> Notes:
+    """Write an SAE, or some of its features, to the new folder `out` by `fill`.
+
+    provenance.json lies beside the format's own files and tells in our words where they came from,
+    so that reading them again gives back what the format has no place for. Returns the notes.
+    """
+    foreign = opened(sae_folder, features)
+    facts = {**foreign.facts, "export": name, "features": features}
+    with staged(out, extra=facts) as folder:
+        notes = [*foreign.notes, *fill(folder, foreign)]
+        hashes = {file.name: sha256(file) for file in folder.rglob("*") if file.is_file()}
+        sparsity = {"kind": foreign.kind, **foreign.sae.sparsity.config()}
+        own = {**facts, "sparsity": sparsity, "notes": notes, "files": hashes}
+        write_json(folder / PROVENANCE, own)
+    return notes
+
+
+def opened(sae_folder: Path, features: list[int] | None = None) -> Foreign:
+    """An SAE folder, or some of its features, on its way out."""
+    sae = SparseAutoencoder.from_pretrained(sae_folder)
+    if features is not None:
+        sae = selected(sae, features)
+    metadata = read_config(sae_folder).get("metadata") or {}
+    manifest = read_manifest(sae_folder) if (sae_folder / MANIFEST).is_file() else {}
+    facts = {**metadata, **provenance(manifest, features)}
+    facts |= _settings(sae_folder) | {"sae_sha256": sha256(sae_folder / WEIGHTS)}
+    return Foreign(sae, facts)
+
+
+def _settings(sae_folder: Path) -> dict[str, Any]:
+    """What only the settings of its run tell."""
+    try:
+        data = config.load(sae_folder.parents[1] / "config.yaml").data
+    except (ConfigError, IndexError):
+        return {}
+    return {"context": data.context}
+
+
+@torch.no_grad()
+def selected(sae: SparseAutoencoder, features: list[int]) -> SparseAutoencoder:
+    """An autoencoder with some features of another, in which each fires as before.
+
+    Raises FormatError where they would not, RunError for a feature that does not exist.
+    """
+    check_features(features, sae.d_sae)
+    if sae.sparsity.competes:
+        raise FormatError(
+            f"--feature: in a {sae.sparsity.kind} autoencoder features compete, so some of them "
+            "alone would fire differently; export all, or use --format parquet"
+        )
+    sparsity = make_sparsity(sae.sparsity.kind, **sae.sparsity.config())
+    part = SparseAutoencoder(
+        sae.d_in, len(features), sparsity, sae.d_out, sae.subtract_b_dec, dtype=sae.dtype
+    )
+    part.W_enc.copy_(sae.W_enc[:, features])
+    part.b_enc.copy_(sae.b_enc[features])
+    part.W_dec.copy_(sae.W_dec[features])
+    part.b_dec.copy_(sae.b_dec)
+    for name, tensor in sae.sparsity.state_dict().items():
+        part.sparsity.state_dict()[name].copy_(tensor[features] if tensor.ndim else tensor)
+    return part
+
+
+def refuse(name: str, what: str, instead: str) -> FormatError:
+    """The error for what a format has no place for."""
+    return FormatError(f"--format {name} cannot hold {what}; {instead}")
+
+
+def check_kind(name: str, foreign: Foreign, kinds: Iterable[str], instead: str) -> None:
+    """Raise FormatError where the sparsity is not one of `kinds`."""
+    if foreign.kind not in kinds:
+        holds = " and ".join(kinds)
+        raise refuse(name, f"a {foreign.kind} autoencoder (it holds {holds})", instead)
+
+
+def check_square(name: str, foreign: Foreign, instead: str) -> None:
+    """Raise FormatError for a map from one width to another."""
+    sae = foreign.sae
+    if sae.d_in != sae.d_out:
+        what = f"a map from width {sae.d_in} to {sae.d_out}: its input and output are the same"
+        raise refuse(name, what, instead)
+
+
+@torch.no_grad()
+def with_subtraction(name: str, foreign: Foreign, wanted: bool) -> tuple[dict[str, Tensor], Notes]:
+    """Its tensors where the format fixes whether b_dec is subtracted from the input, and notes.
+
+    (x − b_dec) @ W_enc + b_enc = x @ W_enc + (b_enc − b_dec @ W_enc); rounding moves b_enc.
+    """
+    tensors = foreign.tensors
+    if foreign.sae.subtract_b_dec == wanted:
+        return tensors, []
+    check_square(name, foreign, "use --format saelens")
+    moved = tensors["b_dec"].double() @ tensors["W_enc"].double()
+    b_enc = tensors["b_enc"].double() + (moved if wanted else -moved)
+    verb = "always subtracts b_dec from the input" if wanted else "never subtracts b_dec"
+    note = f"not bit for bit: {name} {verb}, so it is folded into b_enc"
+    return tensors | {"b_enc": b_enc.to(foreign.sae.dtype)}, [note]
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file."""
+    write_atomic(file, save({name: t.contiguous() for name, t in tensors.items()}))
+
+
+# ------------------------------------------------------------------------------------------- in
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The JSON object of a foreign file, read key by key; FormatError names file, key and value."""
+
+    file: Path
+    values: dict[str, Any]
+
+    @classmethod
+    def read(cls, file: Path) -> "Settings":
+        """The object in `file`; FormatError where there is none."""
+        try:
+            values = read_json(file)
+        except FileNotFoundError:
+            raise FormatError(
+                f"{file.parent}: {file.name} is missing; copy it along with the weights"
+            ) from None
+        if not isinstance(values, dict):
+            raise FormatError(f"{file}: expected a JSON object, got {type(values).__name__}")
+        return cls(file, values)
+
+    def inner(self, key: str) -> "Settings":
+        """The object under `key`, empty where it is null or not there."""
+        return Settings(self.file, self.object(key))
+
+    def object(self, key: str) -> dict[str, Any]:
+        """The object under `key`, {} where it is null or not there."""
+        found = self.values.get(key) or {}
+        if not isinstance(found, dict):
+            raise self.wrong(key, "an object")
+        return found
+
+    def whole(self, key: str) -> int:
+        """A whole number of at least 1."""
+        found = self.values.get(key)
+        if type(found) is not int or found < 1:
+            raise self.wrong(key, "a whole number of at least 1")
+        return found
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false."""
+        found = self.values.get(key, default)
+        if not isinstance(found, bool):
+            raise self.wrong(key, "true or false")
+        return found
+
+    def text(self, key: str) -> str | None:
+        """Text, None where it is null or not there."""
+        found = self.values.get(key)
+        if found is not None and not isinstance(found, str):
+            raise self.wrong(key, "text")
+        return found
+
+    def wrong(self, key: str, wanted: str) -> FormatError:
+        """The error for a value that no such file would hold."""
+        return FormatError(
+            f"{self.file}: {key} {self.values.get(key)!r:.60}: expected {wanted}; "
+            "take the file as its tool wrote it"
+        )
+
+
+def check_names(file: Path, found: Iterable[str], wanted: Iterable[str]) -> None:
+    """Raise FormatError where tensors are missing or there are others."""
+    missing, unknown = set(wanted) - set(found), set(found) - set(wanted)
+    if missing or unknown:
+        parts = [f"missing {', '.join(sorted(missing))}"] if missing else []
+        parts += [f"unknown {', '.join(sorted(map(str, unknown)))[:100]}"] if unknown else []
+        raise FormatError(f"{file} does not fit its settings: {'; '.join(parts)}")
+
+
+def assemble(
+    file: Path,
+    tensors: Mapping[str, Tensor],
+    sparsity: Sparsity,
+    *,
+    subtract_b_dec: bool,
+    dtype: torch.dtype | None = None,
+) -> SparseAutoencoder:
+    """An autoencoder of tensors by our names and in our orientation, from `file`.
+
+    Raises FormatError where shapes do not fit each other, or a type is none of ours.
+    """
+    W_enc, W_dec = tensors["W_enc"], tensors["W_dec"]
+    dtype = dtype or W_enc.dtype
+    if dtype not in DTYPES.values():
+        raise FormatError(f"{file}: weights are {dtype}; expected {', '.join(DTYPES)}")
+    if W_enc.ndim != 2 or W_dec.ndim != 2 or not W_enc.numel() or not W_dec.numel():
+        shapes = f"{list(W_enc.shape)} and {list(W_dec.shape)}"
+        raise FormatError(f"{file}: encoder and decoder are {shapes}, expected two matrices")
+    try:
+        sae = SparseAutoencoder(
+            W_enc.shape[0],
+            W_enc.shape[1],
+            sparsity,
+            W_dec.shape[1],
+            subtract_b_dec,
+            device="meta",
+            dtype=dtype,
+        )
+    except SAEError as error:
+        raise FormatError(f"{file}: {error}") from None
+    wanted = sae.state_dict()
+    check_names(file, tensors, wanted)
+    for name, expected in wanted.items():
+        if tensors[name].shape != expected.shape:
+            shapes = f"{list(tensors[name].shape)}, expected {list(expected.shape)}"
+            raise FormatError(f"{file}: {name} is {shapes}")
+    typed = {name: tensors[name].to(wanted[name].dtype).contiguous() for name in wanted}
+    sae.load_state_dict(typed, assign=True)
+    return sae
+
+
+def known_facts(folder: Path, weights: str) -> dict[str, Any]:
+    """What provenance.json beside our own export says, {} where it is not about these weights."""
+    try:
+        own = read_json(folder / PROVENANCE)
+    except (FileNotFoundError, FormatError):
+        return {}
+    files = own.get("files") if isinstance(own, dict) else None
+    if not isinstance(files, dict) or files.get(weights) != sha256(folder / weights):
+        return {}
+    return own
+
+
+def trained_setting(known: Mapping[str, Any], kind: str, name: str, default: float) -> float:
+    """A setting of the training that the format has no place for, from `known_facts`."""
+    sparsity = known.get("sparsity")
+    value = sparsity.get(name) if isinstance(sparsity, dict) else None
+    same = isinstance(sparsity, dict) and sparsity.get("kind") == kind
+    return float(value) if same and isinstance(value, int | float) else default
+
+
+def own_facts(known: Mapping[str, Any]) -> dict[str, Any]:
+    """Of `known_facts`, those that say where an autoencoder belongs."""
+    names = ("hookpoint", "model", "revision", "data", "data_fingerprint", "context", "tokens")
+    return {name: known[name] for name in names if known.get(name) is not None}

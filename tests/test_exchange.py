@@ -1,0 +1,257 @@
+"""Autoencoders survive the way out and back: every tensor bit for bit, or within 1e-6 where a note
+says so; what a format cannot hold is refused by name; damaged files are a short FormatError.
+
+The tables below say what each format holds. Round trips through the real packages are in
+scripts/exchange.py.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sae import formats
+from sae.autoencoder import SparseAutoencoder
+from sae.errors import FormatError
+from sae.formats.foreign import Foreign
+from sae.sparsity import ReluL1, Sparsity, TopK
+from sae.store import write_atomic, write_manifest
+
+D_IN, D_SAE = 8, 20
+FACTS = {"hookpoint": "layers.1.mlp_act", "model": "builtin:", "data": "builtin:"}
+RUN = "hookpoints: [layers.1.mlp_act]\ndata: {context: 64}\n"
+
+
+def relu() -> Sparsity:
+    return ReluL1(2.5)
+
+
+def topk() -> Sparsity:
+    return TopK(3)
+
+
+KINDS: dict[str, Callable[[], Sparsity]] = {"relu_l1": relu, "topk": topk}
+
+HOLDS = {
+    "saelens": {"relu_l1", "topk"},
+}
+FOLDED: dict[str, set[bool]] = {}
+"""Where a format fixes whether b_dec is subtracted: what it does not hold bit for bit."""
+
+
+def make(
+    sparsity: Sparsity,
+    *,
+    subtract: bool = True,
+    d_out: int = D_IN,
+    dtype: torch.dtype = torch.float32,
+) -> SparseAutoencoder:
+    """Random weights, none of them zero."""
+    sae = SparseAutoencoder(D_IN, D_SAE, sparsity, d_out, subtract, dtype=dtype)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for tensor in sae.parameters():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+        for name, tensor in sae.state_dict().items():
+            if "threshold" in name:
+                tensor.abs_().mul_(0.3)
+    return sae
+
+
+def saved(run: Path, sae: SparseAutoencoder, **facts: Any) -> Path:
+    """The SAE's folder in a run."""
+    folder = run / "saes" / "layers.1.mlp_act"
+    known = {**FACTS, **facts}
+    sae.save_pretrained(folder, known)
+    write_manifest(folder, known)
+    write_atomic(run / "config.yaml", RUN)
+    return folder
+
+
+def there_and_back(name: str, tmp_path: Path, sae: SparseAutoencoder) -> tuple[Foreign, list[str]]:
+    notes = formats.write(name, saved(tmp_path / "run", sae), tmp_path / "out")
+    found_name, (found,) = formats.read(tmp_path / "out")
+    assert found_name == name
+    return found, notes
+
+
+PAIRS = [(name, kind) for name, kinds in HOLDS.items() for kind in sorted(kinds)]
+
+
+@pytest.mark.parametrize("subtract", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
+def test_every_tensor_comes_back(
+    tmp_path: Path, name: str, kind: str, dtype: torch.dtype, subtract: bool
+) -> None:
+    sae = make(KINDS[kind](), subtract=subtract, dtype=dtype)
+    found, notes = there_and_back(name, tmp_path, sae)
+    folded = subtract in FOLDED.get(name, set())
+    assert any("not bit for bit" in note for note in notes) == folded
+    assert found.sae.config() == sae.config() | ({"subtract_b_dec": not subtract} if folded else {})
+    theirs = found.sae.state_dict()
+    for tensor_name, tensor in sae.state_dict().items():
+        if not (folded and tensor_name == "b_enc"):
+            assert torch.equal(theirs[tensor_name], tensor), tensor_name
+    if dtype == torch.float32:
+        x = torch.randn(100, D_IN, generator=torch.Generator().manual_seed(2))
+        for ours, again in zip(sae(x)[1:], found.sae(x)[1:], strict=True):
+            torch.testing.assert_close(again, ours, rtol=1e-6, atol=1e-5 if folded else 0)
+    assert found.facts["hookpoint"] == FACTS["hookpoint"] and found.facts["model"] == "builtin:"
+    assert found.facts["context"] == 64
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", HOLDS)
+def test_what_cannot_be_held_is_refused(tmp_path: Path, name: str, kind: str) -> None:
+    if kind in HOLDS[name]:
+        return
+    folder = saved(tmp_path / "run", make(KINDS[kind]()))
+    with pytest.raises(FormatError, match=f"--format {name} cannot hold a {kind} autoencoder"):
+        formats.write(name, folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", HOLDS)
+def test_some_features_alone(tmp_path: Path, name: str) -> None:
+    if "relu_l1" not in HOLDS[name]:
+        return
+    sae = make(relu())
+    formats.write(name, saved(tmp_path / "run", sae), tmp_path / "out", [7, 2])
+    found = formats.read(tmp_path / "out")[1][0].sae
+    x = torch.randn(50, D_IN)
+    torch.testing.assert_close(found.encode(x), sae.encode(x)[:, [7, 2]])
+
+
+def test_without_provenance_the_files_say_where_it_belongs(tmp_path: Path) -> None:
+    there_and_back("saelens", tmp_path, make(relu()))
+    (tmp_path / "out" / "provenance.json").unlink()
+    found = formats.read(tmp_path / "out")[1][0]
+    assert found.facts["hookpoint"] == FACTS["hookpoint"]
+    assert found.facts["context"] == 64 and found.facts["model"] == "builtin:"
+    assert found.sae.sparsity.config() == {"l1": 0.0}  # no place for it
+
+
+def test_provenance_of_other_weights_is_not_believed(tmp_path: Path) -> None:
+    there_and_back("saelens", tmp_path, make(relu()))
+    file = tmp_path / "out" / "sae_weights.safetensors"
+    tensors = load_file(file)
+    save_file({name: tensor * 2 for name, tensor in tensors.items()}, file)
+    assert formats.read(tmp_path / "out")[1][0].sae.sparsity.config() == {"l1": 0.0}
+
+
+# SAELens
+
+
+def lens(folder: Path, sae: SparseAutoencoder, **changes: Any) -> Path:
+    """A folder as SAELens writes it, None leaves a key out."""
+    cfg = {
+        "architecture": "standard",
+        "d_in": D_IN,
+        "d_sae": D_SAE,
+        "dtype": "float32",
+        "apply_b_dec_to_input": True,
+        "metadata": {"sae_lens_version": "6.54.0", "hook_name": "blocks.1.mlp.hook_post"},
+    } | changes
+    folder.mkdir(exist_ok=True)
+    text = json.dumps({key: value for key, value in cfg.items() if value is not None})
+    (folder / "cfg.json").write_text(text)
+    save_file(dict(sae.state_dict()), folder / "sae_weights.safetensors")
+    return folder
+
+
+def test_rescaled_topk_is_folded(tmp_path: Path) -> None:
+    sae = make(topk())
+    lens(tmp_path, sae, architecture="topk", k=3, rescale_acts_by_decoder_norm=True)
+    (found,) = formats.read(tmp_path)[1]
+    x = torch.randn(100, D_IN)
+    norms = sae.decoder_norms
+    acts = topk()(sae.pre(x) * norms)  # as SAELens does
+    torch.testing.assert_close(found.sae.encode(x), acts)
+    torch.testing.assert_close(found.sae(x).recon, sae.decode(acts / norms))
+    assert "not bit for bit" in found.notes[0]
+
+
+def test_names_that_mean_something_else_are_told(tmp_path: Path) -> None:
+    names = {
+        "blocks.1.hook_resid_post": "layers.1.resid_post",
+        "transformer.h.1.mlp.act": "layers.1.mlp_act",
+        "blocks.1.attn.hook_z": None,
+    }
+    for name, ours in names.items():
+        lens(tmp_path, make(relu()), metadata={"hook_name": name})
+        found = formats.read(tmp_path)[1][0]
+        assert found.facts.get("hookpoint") == ours
+        assert bool(found.notes) == (ours is None)
+    processed = {"hook_name": "blocks.1.hook_resid_post"}
+    processed |= {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
+    lens(tmp_path, make(relu()), metadata=processed)
+    assert "exact without weight processing" in formats.read(tmp_path)[1][0].notes[0]
+
+
+def test_files_before_version_6(tmp_path: Path) -> None:
+    old = {"hook_point": "blocks.1.mlp.hook_post", "model_name": "gpt2", "context_size": 128}
+    old |= {"activation_fn": "topk", "activation_fn_kwargs": {"k": 3}}
+    lens(tmp_path, make(topk()), architecture=None, metadata=None, **old)
+    (found,) = formats.read(tmp_path)[1]
+    assert found.sae.sparsity.config() == {"k": 3}
+    assert found.facts == {"model": "gpt2", "context": 128, "hookpoint": "layers.1.mlp_act"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({"architecture": "temporal"}, "architecture 'temporal' is not known"),
+        ({"dtype": None}, "dtype None: expected float32"),
+        ({"dtype": "int8"}, "dtype 'int8'"),
+        (
+            {"normalize_activations": "layer_norm"},
+            "normalize_activations 'layer_norm': only 'none'",
+        ),
+        ({"reshape_activations": "hook_z"}, "reshape_activations"),
+        ({"finetuning_scaling_factor": True}, "finetuning_scaling_factor"),
+        ({"architecture": "topk"}, "k None: expected a whole number"),
+        ({"architecture": "topk", "k": 99}, "only 20 features"),
+        ({"d_in": 9}, "says d_in 9"),
+        ({"d_sae": "many"}, "d_sae 'many'"),
+        ({"apply_b_dec_to_input": "yes"}, "expected true or false"),
+        ({"metadata": [1]}, "metadata .*expected an object"),
+    ],
+)
+def test_saelens_mistakes(tmp_path: Path, changes: dict[str, Any], wanted: str) -> None:
+    lens(tmp_path, make(relu()), **changes)
+    with pytest.raises(FormatError, match=wanted) as caught:
+        formats.read(tmp_path)
+    assert len(str(caught.value).splitlines()) <= 3
+
+
+# All formats
+
+
+@pytest.mark.parametrize("name", HOLDS)
+def test_damaged_files(tmp_path: Path, name: str) -> None:
+    """Every file of an export, cut in half, empty or gone, is a short FormatError."""
+    kind = sorted(HOLDS[name])[0]
+    formats.write(name, saved(tmp_path / "run", make(KINDS[kind]())), tmp_path / "out")
+    ours = ("manifest.json", "provenance.json")
+    files = [f for f in (tmp_path / "out").rglob("*") if f.is_file() and f.name not in ours]
+    assert files
+    for file in files:
+        whole = file.read_bytes()
+        for content in (whole[: len(whole) // 2], b"", b"\x80\x04" * 50, None):
+            file.unlink() if content is None else file.write_bytes(content)
+            with pytest.raises(FormatError) as caught:
+                formats.read(tmp_path / "out", name)
+            assert len(str(caught.value).splitlines()) <= 3
+            file.write_bytes(whole)
+
+
+def test_what_is_no_format(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="of no format known here"):
+        formats.read(tmp_path)
+    with pytest.raises(FormatError, match="did you mean 'saelens'"):
+        formats.read(tmp_path, "saelns")

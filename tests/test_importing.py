@@ -1,0 +1,111 @@
+"""An imported SAE is a run: evaluate, features, top, export and verify work on it, and its manifest
+says where it came from."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from test_exchange import lens, make, relu
+from tiny import CONTEXT, overrides, save
+
+from sae import cli, formats
+from sae.autoencoder import SparseAutoencoder
+from sae.config import load
+from sae.errors import FormatError, HookpointError, RunError
+from sae.importing import import_run
+from sae.sparsity import TopK
+from sae.store import Run, read_manifest, sha256
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained run and its export to SAELens."""
+    from sae import planning, training
+    from sae.config import resolve
+
+    folder = save(tmp_path_factory.mktemp("trained"))
+    training.train(planning.plan(resolve(None, overrides(folder))))
+    formats.write("saelens", Run(folder / "run").sae(), folder / "lens")
+    return folder
+
+
+def test_an_imported_run_is_a_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = trained / "imported"
+    texts = ["--data.source", str(trained / "texts"), "--model.dtype", "float32"]
+    assert cli.main(["import", str(trained / "lens"), "--output", str(run), *texts]) == 0
+    out = capsys.readouterr().out
+    assert "as saelens" in out and f"next: sae evaluate {run}" in out
+    for verb in (
+        ["verify", str(run)],
+        ["evaluate", str(run), "--tokens", "500"],
+        ["features", str(run), "--tokens", "500"],
+        ["top", str(run)],
+        ["export", str(run), "--format", "saelens", "--out", str(trained / "again")],
+        ["verify", str(run)],
+    ):
+        assert cli.main(verb) == 0, verb
+    files = [trained / name / "sae_weights.safetensors" for name in ("lens", "again")]
+    assert sha256(files[0]) == sha256(files[1])
+
+
+def test_it_is_the_autoencoder_that_was_trained(trained: Path, tmp_path: Path) -> None:
+    found = import_run(trained / "lens", overrides={"output": str(tmp_path / "run")})
+    ours, theirs = (
+        SparseAutoencoder.from_pretrained(trained / "run"),
+        SparseAutoencoder.from_pretrained(tmp_path / "run"),
+    )
+    assert ours.config() == theirs.config()
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(theirs.state_dict()[name], tensor)
+    config = load(tmp_path / "run" / "config.yaml")
+    assert config.hookpoints == ("layers.1.mlp_act",) and config.data.context == CONTEXT
+    assert config.model.name == str(trained / "model") and found.format == "saelens"
+    assert config.sae.sparsity.kind == "topk" and config.sae.d_sae == 48
+
+
+def test_the_manifest_says_where_it_came_from(trained: Path, tmp_path: Path) -> None:
+    import_run(trained / "lens", overrides={"output": str(tmp_path / "run")})
+    manifest = read_manifest(Run(tmp_path / "run").sae())
+    origin = manifest["imported"]
+    assert origin["format"] == "saelens" and origin["source"] == str(trained / "lens")
+    weights = trained / "lens" / "sae_weights.safetensors"
+    assert origin["files"][weights.name] == sha256(weights)
+    assert manifest["hookpoint"] == "layers.1.mlp_act"
+    assert read_manifest(tmp_path / "run")["imported"] == origin
+
+
+def test_what_the_files_do_not_say_is_asked_for(tmp_path: Path) -> None:
+    metadata = {"sae_lens_version": "6.54.0", "hook_name": "blocks.1.attn.hook_z"}
+    source = lens(tmp_path / "lens", make(relu()), metadata=metadata)
+    given = {"output": str(tmp_path / "run")}
+    with pytest.raises(HookpointError, match=r"hook_z has no name here.*\n.*--hookpoints"):
+        import_run(source, overrides=given)
+    given |= {"hookpoints": ["layers.1.mlp_act"]}
+    with pytest.raises(FormatError, match="give it: --model"):
+        import_run(source, overrides=given)
+    found = import_run(source, overrides=given | {"model.name": "builtin:"})
+    assert list(Run(found.folder).saes()) == ["layers.1.mlp_act"]
+
+
+def test_mistakes(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no such file or folder"):
+        import_run(tmp_path / "nothing")
+    with pytest.raises(RunError, match="--output is missing"):
+        import_run(trained / "lens")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").touch()
+    with pytest.raises(RunError, match="already exists"):
+        import_run(trained / "lens", overrides={"output": str(tmp_path / "run")})
+    with pytest.raises(FormatError, match=r"2 came, but .* holds 1"):
+        import_run(
+            trained / "lens",
+            overrides={"output": str(tmp_path / "new"), "hookpoints": ["layers.1.mlp_act"] * 2},
+        )
+    assert json.loads((trained / "lens" / "cfg.json").read_text())["k"] == 4
+
+
+def test_a_topk_of_our_own_folder(tmp_path: Path) -> None:
+    make(TopK(3)).save_pretrained(tmp_path / "sae", {"hookpoint": "layers.1.mlp_act"})
+    given = {"output": str(tmp_path / "run"), "model.name": "builtin:"}
+    assert import_run(tmp_path / "sae", overrides=given).format == "safetensors"
