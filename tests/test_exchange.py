@@ -38,7 +38,10 @@ KINDS: dict[str, Callable[[], Sparsity]] = {"relu_l1": relu, "topk": topk}
 
 HOLDS = {
     "saelens": {"relu_l1", "topk"},
+    "sparsify": {"topk"},
 }
+OPTIONAL = {"sparsify": "config.json"}
+"""What may be missing."""
 FOLDED: dict[str, set[bool]] = {}
 """Where a format fixes whether b_dec is subtracted: what it does not hold bit for bit."""
 
@@ -229,6 +232,61 @@ def test_saelens_mistakes(tmp_path: Path, changes: dict[str, Any], wanted: str) 
     assert len(str(caught.value).splitlines()) <= 3
 
 
+# sparsify
+
+
+def coder(folder: Path, sae: SparseAutoencoder, **changes: Any) -> Path:
+    """A folder as sparsify writes it."""
+    cfg = {"activation": "topk", "k": 3, "d_in": D_IN, "num_latents": D_SAE} | changes
+    folder.mkdir(parents=True)
+    (folder / "cfg.json").write_text(json.dumps(cfg))
+    tensors = dict(sae.state_dict())
+    tensors["encoder.weight"] = tensors.pop("W_enc").T.contiguous()
+    tensors["encoder.bias"] = tensors.pop("b_enc")
+    save_file(tensors, folder / "sae.safetensors")
+    return folder
+
+
+def test_a_folder_of_coders(tmp_path: Path) -> None:
+    """Each is named by its module; the run's config.json tells the model."""
+    sae = make(topk())
+    for name in ("layers.0", "layers.1.mlp"):
+        coder(tmp_path / name, sae)
+    (tmp_path / "config.json").write_text(json.dumps({"model": "EleutherAI/pythia-70m"}))
+    name, found = formats.read(tmp_path)
+    assert name == "sparsify"
+    points = ["layers.0.resid_post", "layers.1.mlp_out"]
+    assert [foreign.facts["hookpoint"] for foreign in found] == points
+    assert {foreign.facts["model"] for foreign in found} == {"EleutherAI/pythia-70m"}
+    for foreign in found:
+        assert all(torch.equal(t, sae.state_dict()[n]) for n, t in foreign.sae.state_dict().items())
+
+
+def test_sparsify_names_the_module(tmp_path: Path) -> None:
+    """The bundled model is a GPT-2, whose neurons are a module's output; another's may not be."""
+    formats.write("sparsify", saved(tmp_path / "run", make(topk())), tmp_path / "out")
+    assert (tmp_path / "out" / "h.1.mlp.act" / "cfg.json").is_file()
+    folder = saved(tmp_path / "other", make(topk()), model="nobody/knows")
+    (note,) = formats.write("sparsify", folder, tmp_path / "else")
+    assert "in our words" in note
+    assert (tmp_path / "else" / "layers.1.mlp_act" / "cfg.json").is_file()
+    assert formats.read(tmp_path / "else")[1][0].facts["hookpoint"] == "layers.1.mlp_act"
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({"activation": "groupmax"}, "activation 'groupmax': only topk"),
+        ({"d_in": 9}, "says d_in 9"),
+        ({"k": 0}, "k 0: expected a whole number"),
+        ({"transcode": 1}, "expected true or false"),
+    ],
+)
+def test_sparsify_mistakes(tmp_path: Path, changes: dict[str, Any], wanted: str) -> None:
+    with pytest.raises(FormatError, match=wanted):
+        formats.read(coder(tmp_path / "layers.0", make(topk()), **changes))
+
+
 # All formats
 
 
@@ -242,7 +300,8 @@ def test_damaged_files(tmp_path: Path, name: str) -> None:
     assert files
     for file in files:
         whole = file.read_bytes()
-        for content in (whole[: len(whole) // 2], b"", b"\x80\x04" * 50, None):
+        contents = [whole[: len(whole) // 2], b"", b"\x80\x04" * 50]
+        for content in contents if file.name == OPTIONAL.get(name) else [*contents, None]:
             file.unlink() if content is None else file.write_bytes(content)
             with pytest.raises(FormatError) as caught:
                 formats.read(tmp_path / "out", name)

@@ -17,11 +17,13 @@ FORMATS = {
     "csv": "the same tables, lists and texts as JSON in their cells",
     "safetensors": "the autoencoder: sae.safetensors and cfg.yaml",
     "saelens": "the autoencoder for SAELens: SAE.load_from_disk(DIR)",
+    "sparsify": "the autoencoder for sparsify: SparseCoder.load_many(DIR, local=True)",
 }
-READABLE = ("safetensors", "saelens")
+READABLE = ("safetensors", "saelens", "sparsify")
 _OPENED_BY = {
     "safetensors": "SparseAutoencoder.from_pretrained({out!r})",
     "saelens": "SAE.load_from_disk({out!r})",
+    "sparsify": "SparseCoder.load_many({out!r}, local=True)",
 }
 
 

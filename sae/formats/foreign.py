@@ -34,6 +34,8 @@ from sae.untrusted import read_json
 PROVENANCE = "provenance.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+_SPARSITY = "sparsity."
+
 Notes = list[str]
 
 
@@ -64,7 +66,10 @@ class Foreign:
     def tensors(self) -> dict[str, Tensor]:
         """Its weights by our names, on the CPU."""
         state = self.sae.state_dict()
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        return {
+            name.removeprefix(_SPARSITY): tensor.detach().cpu().contiguous()
+            for name, tensor in state.items()
+        }
 
     def says(self, name: str) -> str:
         """A fact as text, "" where it is not known."""
@@ -288,25 +293,30 @@ def assemble(
         )
     except SAEError as error:
         raise FormatError(f"{file}: {error}") from None
-    wanted = sae.state_dict()
-    check_names(file, tensors, wanted)
-    for name, expected in wanted.items():
-        if tensors[name].shape != expected.shape:
-            shapes = f"{list(tensors[name].shape)}, expected {list(expected.shape)}"
+    state = {name.removeprefix(_SPARSITY): name for name in sae.state_dict()}
+    check_names(file, tensors, state)
+    typed = {}
+    for name, full in state.items():
+        found, expected = tensors[name], sae.state_dict()[full]
+        if found.shape != expected.shape:
+            shapes = f"{list(found.shape)}, expected {list(expected.shape)}"
             raise FormatError(f"{file}: {name} is {shapes}")
-    typed = {name: tensors[name].to(wanted[name].dtype).contiguous() for name in wanted}
+        typed[full] = found.to(expected.dtype).contiguous()
     sae.load_state_dict(typed, assign=True)
     return sae
 
 
-def known_facts(folder: Path, weights: str) -> dict[str, Any]:
-    """What provenance.json beside our own export says, {} where it is not about these weights."""
+def known_facts(folder: Path, weights: Path) -> dict[str, Any]:
+    """What provenance.json in the folder of our own export says of its file of weights.
+
+    {} where it is not about these weights.
+    """
     try:
         own = read_json(folder / PROVENANCE)
     except (FileNotFoundError, FormatError):
         return {}
     files = own.get("files") if isinstance(own, dict) else None
-    if not isinstance(files, dict) or files.get(weights) != sha256(folder / weights):
+    if not isinstance(files, dict) or files.get(weights.name) != sha256(weights):
         return {}
     return own
 

@@ -83,7 +83,7 @@ def read(source: Path) -> list[Foreign]:
     weights = source / WEIGHTS
     if not weights.is_file():
         raise FormatError(f"{source}: {WEIGHTS} is missing; copy it along with {CFG}")
-    known = foreign.known_facts(source, WEIGHTS)
+    known = foreign.known_facts(source, weights)
     _refuse_reshaped(cfg)
     kind = _kind(cfg)
     tensors = fingerprint.load(weights)

@@ -1,0 +1,133 @@
+"""sparsify (EleutherAI, PyPI eai-sparsify): a folder for each hookpoint with cfg.json and
+sae.safetensors, for `SparseCoder.load_from_disk`.
+
+encoder.weight is [d_sae d_in]; W_dec and b_dec have our orientation. The input is centred by b_dec
+unless `transcode` is set, so both of ours fit as they are.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sae import fingerprint
+from sae.errors import FormatError
+from sae.formats import foreign, hookpoints
+from sae.formats.foreign import Foreign, Notes, Settings
+from sae.formats.hookpoints import Match
+from sae.sparsity import make_sparsity
+from sae.store import WEIGHTS, folder_name, write_atomic, write_json
+
+CFG = "cfg.json"
+_NAMES = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
+
+
+def recognises(source: Path) -> bool:
+    """Whether a folder looks like one, or like a folder of them."""
+    return bool(_folders(source))
+
+
+def _folders(source: Path) -> list[Path]:
+    """The folders that hold a coder: `source` itself, or those in it."""
+    if not source.is_dir():
+        return []
+    within = [source, *sorted(path for path in source.iterdir() if path.is_dir())]
+    return [path for path in within if (path / CFG).is_file() and (path / WEIGHTS).is_file()]
+
+
+def write(sae_folder: Path, out: Path, features: list[int] | None = None) -> Notes:
+    """Write `out`/<hookpoint>/cfg.json and sae.safetensors."""
+    return foreign.export("sparsify", sae_folder, out, features, _fill)
+
+
+def _fill(folder: Path, own: Foreign) -> Notes:
+    foreign.check_kind("sparsify", own, ("topk",), "use --format saelens")
+    foreign.check_square("sparsify", own, "use --format saelens")
+    name, notes = _name(own)
+    inner = folder / folder_name(name)
+    inner.mkdir()
+    cfg = {
+        "activation": "topk",
+        "expansion_factor": max(1, own.sae.d_sae // own.sae.d_in),
+        "normalize_decoder": False,
+        "num_latents": own.sae.d_sae,
+        "k": own.sae.sparsity.config()["k"],
+        "multi_topk": False,
+        "skip_connection": False,
+        "transcode": not own.sae.subtract_b_dec,
+        "d_in": own.sae.d_in,
+    }
+    write_json(inner / CFG, cfg)
+    ours = own.tensors | {"W_enc": own.tensors["W_enc"].T}
+    foreign.write_tensors(inner / WEIGHTS, {theirs: ours[name] for theirs, name in _NAMES.items()})
+    config = {"model": own.facts.get("model"), "dataset": own.facts.get("data")}
+    write_atomic(folder / "config.json", json.dumps(config) + "\n")
+    return notes
+
+
+def _name(own: Foreign) -> tuple[str, Notes]:
+    """The module that sparsify would hook, or our name with a note."""
+    if own.hookpoint is None:
+        return "sae", []
+    there = hookpoints.to_module(own.hookpoint, own.says("model"))
+    if there.match is Match.EXACT:
+        return there.name, []
+    note = (
+        f"{own.hookpoint} is no module's output, or of a model not known here: its folder says it"
+    )
+    return str(own.hookpoint), [f"{note} in our words"]
+
+
+def read(source: Path) -> list[Foreign]:
+    """A coder, or all those of a folder; FormatError for what we cannot hold, by name."""
+    folders = _folders(source)
+    if not folders:
+        raise FormatError(f"{source}: expected {CFG} and {WEIGHTS}, or folders that hold them")
+    return [_read(folder, root=source) for folder in folders]
+
+
+def _read(folder: Path, root: Path) -> Foreign:
+    cfg, weights = Settings.read(folder / CFG), folder / WEIGHTS
+    _refuse_others(cfg)
+    tensors = fingerprint.load(weights)
+    foreign.check_names(weights, tensors, _NAMES)
+    ours = {name: tensors[theirs] for theirs, name in _NAMES.items()}
+    if tensors["encoder.weight"].ndim == 2:
+        ours["W_enc"] = ours["W_enc"].T
+    sae = foreign.assemble(
+        weights,
+        ours,
+        make_sparsity("topk", k=cfg.whole("k")),
+        subtract_b_dec=not cfg.flag("transcode", False),
+    )
+    if sae.d_in != cfg.whole("d_in"):
+        raise FormatError(
+            f"{folder}: {CFG} says d_in {cfg.whole('d_in')}, the weights have {sae.d_in}; "
+            "take both files from one save"
+        )
+    known = next(
+        (k for at in (folder, folder.parent) if (k := foreign.known_facts(at, weights))), {}
+    )
+    facts, notes = _facts(folder, root)
+    return Foreign(sae, facts | foreign.own_facts(known), () if known else tuple(notes))
+
+
+def _refuse_others(cfg: Settings) -> None:
+    activation = cfg.text("activation") or "topk"
+    if activation != "topk":
+        raise FormatError(f"{cfg.file}: activation {activation!r:.40}: only topk can be read here")
+    if cfg.flag("skip_connection", False):
+        raise FormatError(f"{cfg.file}: skip_connection: we have no such connection")
+
+
+def _facts(folder: Path, root: Path) -> tuple[dict[str, Any], Notes]:
+    """The hookpoint from the folder's name, the model from the run's config.json."""
+    facts: dict[str, Any] = {}
+    for place in (folder, folder.parent):
+        if (place / "config.json").is_file():
+            run = Settings.read(place / "config.json")
+            said = {"model": run.text("model"), "data": run.text("dataset")}
+            facts |= {name: value for name, value in said.items() if value}
+    here = hookpoints.from_module(folder.resolve().name, facts.get("model") or "")
+    if here.match is Match.EXACT:
+        return facts | {"hookpoint": here.name}, []
+    return facts, [f"{folder.name} has no name here"]
