@@ -471,6 +471,9 @@ def import_(args: list[str]) -> None:
     parser.add_argument(
         "--format", metavar="NAME", help=f"{', '.join(formats.READABLE)} (default: by its files)"
     )
+    parser.add_argument(
+        "--allow_pickle_file", action="store_true", help="read tensors, and nothing else, of a .pt"
+    )
     for flag in config.flags():
         if flag.name in ("hookpoints", "output") or flag.name.split(".")[0] in ("model", "data"):
             parser.add_argument(
@@ -482,9 +485,10 @@ def import_(args: list[str]) -> None:
             )
     given = parser.read(args)
     source, name = str(given.pop("source")), given.pop("format", None)
+    trusted = bool(given.pop("allow_pickle_file", False))
     from sae.importing import import_run
 
-    found = import_run(source, None if name is None else str(name), given)
+    found = import_run(source, None if name is None else str(name), given, trusted=trusted)
     print(f"read {visible(source)} as {found.format}")
     for note in found.notes:
         print(visible(note))

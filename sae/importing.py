@@ -30,18 +30,21 @@ def import_run(
     source: str | Path,
     format: str | None = None,
     overrides: Mapping[str, object] | None = None,
+    *,
+    trusted: bool = False,
 ) -> Imported:
     """Write the autoencoders of a file or folder as a new run.
 
     `overrides` are settings by their dotted names; output is needed, and model.name and hookpoints
-    where the files do not say them. Raises FormatError and RunError.
+    where the files do not say them; `trusted` allows to read .pt files. Raises FormatError and
+    RunError.
     """
     source, overrides = Path(source), dict(overrides or {})
     if not source.exists():
         raise RunError(f"{source}: no such file or folder; give what another tool has written")
     if not overrides.get("output"):
         raise RunError("--output is missing; sae import SOURCE --output checkpoints/NAME")
-    name, found = formats.read(source, format)
+    name, found = formats.read(source, format, trusted=trusted)
     if not found:
         raise FormatError(f"{source} holds no autoencoder of format {name}")
     points = _hookpoints(source, found, overrides.pop("hookpoints", None))

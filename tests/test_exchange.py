@@ -5,7 +5,9 @@ The tables below say what each format holds. Round trips through the real packag
 scripts/exchange.py.
 """
 
+import contextlib
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_torch_file import Canary
 
 from sae import formats
 from sae.autoencoder import SparseAutoencoder
@@ -39,10 +42,15 @@ KINDS: dict[str, Callable[[], Sparsity]] = {"relu_l1": relu, "topk": topk}
 HOLDS = {
     "saelens": {"relu_l1", "topk"},
     "sparsify": {"topk"},
+    "dictionary_learning": {"relu_l1", "topk"},
+    "openai": {"relu_l1"},
 }
 OPTIONAL = {"sparsify": "config.json"}
 """What may be missing."""
-FOLDED: dict[str, set[bool]] = {}
+FOLDED = {
+    ("dictionary_learning", "topk", False),
+    ("openai", "relu_l1", False),
+}
 """Where a format fixes whether b_dec is subtracted: what it does not hold bit for bit."""
 
 
@@ -77,7 +85,7 @@ def saved(run: Path, sae: SparseAutoencoder, **facts: Any) -> Path:
 
 def there_and_back(name: str, tmp_path: Path, sae: SparseAutoencoder) -> tuple[Foreign, list[str]]:
     notes = formats.write(name, saved(tmp_path / "run", sae), tmp_path / "out")
-    found_name, (found,) = formats.read(tmp_path / "out")
+    found_name, (found,) = formats.read(tmp_path / "out", trusted=True)
     assert found_name == name
     return found, notes
 
@@ -93,7 +101,7 @@ def test_every_tensor_comes_back(
 ) -> None:
     sae = make(KINDS[kind](), subtract=subtract, dtype=dtype)
     found, notes = there_and_back(name, tmp_path, sae)
-    folded = subtract in FOLDED.get(name, set())
+    folded = (name, kind, subtract) in FOLDED
     assert any("not bit for bit" in note for note in notes) == folded
     assert found.sae.config() == sae.config() | ({"subtract_b_dec": not subtract} if folded else {})
     theirs = found.sae.state_dict()
@@ -125,7 +133,7 @@ def test_some_features_alone(tmp_path: Path, name: str) -> None:
         return
     sae = make(relu())
     formats.write(name, saved(tmp_path / "run", sae), tmp_path / "out", [7, 2])
-    found = formats.read(tmp_path / "out")[1][0].sae
+    found = formats.read(tmp_path / "out", trusted=True)[1][0].sae
     x = torch.randn(50, D_IN)
     torch.testing.assert_close(found.encode(x), sae.encode(x)[:, [7, 2]])
 
@@ -133,7 +141,7 @@ def test_some_features_alone(tmp_path: Path, name: str) -> None:
 def test_without_provenance_the_files_say_where_it_belongs(tmp_path: Path) -> None:
     there_and_back("saelens", tmp_path, make(relu()))
     (tmp_path / "out" / "provenance.json").unlink()
-    found = formats.read(tmp_path / "out")[1][0]
+    found = formats.read(tmp_path / "out", trusted=True)[1][0]
     assert found.facts["hookpoint"] == FACTS["hookpoint"]
     assert found.facts["context"] == 64 and found.facts["model"] == "builtin:"
     assert found.sae.sparsity.config() == {"l1": 0.0}  # no place for it
@@ -144,7 +152,7 @@ def test_provenance_of_other_weights_is_not_believed(tmp_path: Path) -> None:
     file = tmp_path / "out" / "sae_weights.safetensors"
     tensors = load_file(file)
     save_file({name: tensor * 2 for name, tensor in tensors.items()}, file)
-    assert formats.read(tmp_path / "out")[1][0].sae.sparsity.config() == {"l1": 0.0}
+    assert formats.read(tmp_path / "out", trusted=True)[1][0].sae.sparsity.config() == {"l1": 0.0}
 
 
 # SAELens
@@ -304,9 +312,23 @@ def test_damaged_files(tmp_path: Path, name: str) -> None:
         for content in contents if file.name == OPTIONAL.get(name) else [*contents, None]:
             file.unlink() if content is None else file.write_bytes(content)
             with pytest.raises(FormatError) as caught:
-                formats.read(tmp_path / "out", name)
+                formats.read(tmp_path / "out", name, trusted=True)
             assert len(str(caught.value).splitlines()) <= 3
             file.write_bytes(whole)
+
+
+@pytest.mark.parametrize("name", HOLDS)
+def test_the_canary_never_sings(tmp_path: Path, name: str) -> None:
+    """A pickle that leaves a mark, in the place of every file of an export, though trusted."""
+    kind, mark = sorted(HOLDS[name])[0], tmp_path / "mark"
+    formats.write(name, saved(tmp_path / "run", make(KINDS[kind]())), tmp_path / "out")
+    for file in [f for f in (tmp_path / "out").rglob("*") if f.is_file()]:
+        whole = file.read_bytes()
+        file.write_bytes(pickle.dumps(Canary(mark)))
+        with contextlib.suppress(FormatError):
+            formats.read(tmp_path / "out", name, trusted=True)
+        assert not mark.exists()
+        file.write_bytes(whole)
 
 
 def test_what_is_no_format(tmp_path: Path) -> None:

@@ -88,11 +88,14 @@ def is_false(node: ast.keyword) -> bool:
 
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
+EXEMPT = {"formats/torch_file.py": {"pickle", "torch.save"}}
+"""Reads tensors alone, in a process of its own, and only when asked to (see test_torch_file)."""
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=lambda f: f.relative_to(PACKAGE).as_posix())
 def test_nothing_in_the_package_runs_what_a_file_holds(file: Path) -> None:
-    assert list(banned(file.read_text(encoding="utf-8"))) == []
+    allowed = EXEMPT.get(file.relative_to(PACKAGE).as_posix(), set())
+    assert set(banned(file.read_text(encoding="utf-8"))) == allowed
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,18 @@ FORMATS = {
     "safetensors": "the autoencoder: sae.safetensors and cfg.yaml",
     "saelens": "the autoencoder for SAELens: SAE.load_from_disk(DIR)",
     "sparsify": "the autoencoder for sparsify: SparseCoder.load_many(DIR, local=True)",
+    "dictionary_learning": "the same for dictionary_learning: utils.load_dictionary(DIR, device)",
+    "openai": "the same for OpenAI's sparse_autoencoder: a .pt file",
 }
-READABLE = ("safetensors", "saelens", "sparsify")
+READABLE = ("safetensors", "saelens", "sparsify", "dictionary_learning", "openai")
+UNSAFE = ("dictionary_learning", "openai")
+"""Read only where the caller trusts the file."""
 _OPENED_BY = {
     "safetensors": "SparseAutoencoder.from_pretrained({out!r})",
     "saelens": "SAE.load_from_disk({out!r})",
     "sparsify": "SparseCoder.load_many({out!r}, local=True)",
+    "dictionary_learning": "dictionary_learning.utils.load_dictionary({out!r}, 'cpu')",
+    "openai": "Autoencoder.from_state_dict, of what torch loads from {out}/autoencoder.pt",
 }
 
 
@@ -49,10 +55,11 @@ def write(
     return _module(name).write(Path(sae_folder), Path(out), chosen)
 
 
-def read(source: Path, name: str | None = None) -> tuple[str, list[Any]]:
+def read(source: Path, name: str | None = None, *, trusted: bool = False) -> tuple[str, list[Any]]:
     """The autoencoders (`Foreign`) of a file or folder, and the name of its format.
 
-    Raises FormatError for an unknown format, one that cannot be told, and damaged files.
+    `trusted` allows to read the formats of UNSAFE. Raises FormatError for an unknown format, one
+    that cannot be told, and damaged files.
     """
     if name is not None:
         check(name, READABLE)
@@ -60,6 +67,8 @@ def read(source: Path, name: str | None = None) -> tuple[str, list[Any]]:
         raise FormatError(
             f"{source} is of no format known here; expected one of {', '.join(READABLE)}"
         )
+    if name in UNSAFE:
+        return name, _module(name).read(source, trusted=trusted)
     return name, _module(name).read(source)
 
 
