@@ -44,12 +44,15 @@ HOLDS = {
     "sparsify": {"topk"},
     "dictionary_learning": {"relu_l1", "topk"},
     "openai": {"relu_l1"},
+    "openmoss": {"relu_l1", "topk"},
 }
 OPTIONAL = {"sparsify": "config.json"}
 """What may be missing."""
 FOLDED = {
     ("dictionary_learning", "topk", False),
     ("openai", "relu_l1", False),
+    ("openmoss", "relu_l1", True),
+    ("openmoss", "topk", True),
 }
 """Where a format fixes whether b_dec is subtracted: what it does not hold bit for bit."""
 
@@ -293,6 +296,57 @@ def test_sparsify_names_the_module(tmp_path: Path) -> None:
 def test_sparsify_mistakes(tmp_path: Path, changes: dict[str, Any], wanted: str) -> None:
     with pytest.raises(FormatError, match=wanted):
         formats.read(coder(tmp_path / "layers.0", make(topk()), **changes))
+
+
+# OpenMOSS
+
+
+def moss(folder: Path, sae: SparseAutoencoder, norms: dict[str, float], **changes: Any) -> Path:
+    """A folder as OpenMOSS writes it."""
+    config = {"sae_type": "sae", "d_model": D_IN, "act_fn": "topk", "top_k": 3} | changes
+    config |= {
+        "hook_point_in": "blocks.1.mlp.hook_post",
+        "hook_point_out": "blocks.1.mlp.hook_post",
+    }
+    names = {"W_enc": "W_E", "b_enc": "b_E", "W_dec": "W_D", "b_dec": "b_D"}
+    tensors = {names[name]: tensor for name, tensor in sae.state_dict().items()}
+    for name, norm in norms.items():
+        tensors[f"dataset_average_activation_norm.{name}"] = torch.tensor(norm)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "sae_weights.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("names", [["in", "out"], ["blocks.1.mlp.hook_post"]])
+def test_openmoss_norms_are_folded(tmp_path: Path, names: list[str]) -> None:
+    """As its code computes: inputs times √d / norm, top-k over decoder norms, outputs back."""
+    sae = make(topk(), subtract=False)
+    norms = {name: 3.0 + i for i, name in enumerate(names)}
+    moss(tmp_path, sae, norms, norm_activation="dataset-wise")
+    (found,) = formats.read(tmp_path)[1]
+    x = torch.randn(100, D_IN)
+    scale_in, scale_out = (D_IN**0.5 / norms[names[i]] for i in (0, -1))
+    hidden = sae.pre(x * scale_in) * sae.decoder_norms
+    recon = sae.decode(topk()(hidden) / sae.decoder_norms) / scale_out
+    torch.testing.assert_close(found.sae(x).recon, recon, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.sae.encode(x), topk()(hidden), rtol=1e-5, atol=1e-5)
+    assert len(found.notes) == 2 and found.facts == {"hookpoint": "layers.1.mlp_act"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({"act_fn": "batchtopk"}, "act_fn 'batchtopk' cannot be read"),
+        ({"sae_type": "crosscoder"}, "sae_type 'crosscoder'"),
+        ({"norm_activation": "token-wise"}, "norm_activation 'token-wise'"),
+        ({"norm_activation": "dataset-wise"}, "is no positive number"),
+        ({"norm_activation": "inference", "d_model": 9}, "says d_model 9"),
+        ({"norm_activation": "inference", "use_glu_encoder": True}, "use_glu_encoder"),
+    ],
+)
+def test_openmoss_mistakes(tmp_path: Path, changes: dict[str, Any], wanted: str) -> None:
+    with pytest.raises(FormatError, match=wanted):
+        formats.read(moss(tmp_path, make(topk()), {}, **changes))
 
 
 # All formats

@@ -20,8 +20,9 @@ FORMATS = {
     "sparsify": "the autoencoder for sparsify: SparseCoder.load_many(DIR, local=True)",
     "dictionary_learning": "the same for dictionary_learning: utils.load_dictionary(DIR, device)",
     "openai": "the same for OpenAI's sparse_autoencoder: a .pt file",
+    "openmoss": "the same for Llamascopium: SparseAutoEncoder.from_pretrained(DIR)",
 }
-READABLE = ("safetensors", "saelens", "sparsify", "dictionary_learning", "openai")
+READABLE = ("safetensors", "saelens", "sparsify", "dictionary_learning", "openai", "openmoss")
 UNSAFE = ("dictionary_learning", "openai")
 """Read only where the caller trusts the file."""
 _OPENED_BY = {
@@ -29,6 +30,7 @@ _OPENED_BY = {
     "saelens": "SAE.load_from_disk({out!r})",
     "sparsify": "SparseCoder.load_many({out!r}, local=True)",
     "dictionary_learning": "dictionary_learning.utils.load_dictionary({out!r}, 'cpu')",
+    "openmoss": "SparseAutoEncoder.from_pretrained({out!r})",
     "openai": "Autoencoder.from_state_dict, of what torch loads from {out}/autoencoder.pt",
 }
 

@@ -185,6 +185,18 @@ def with_subtraction(name: str, foreign: Foreign, wanted: bool) -> tuple[dict[st
     return tensors | {"b_enc": b_enc.to(foreign.sae.dtype)}, [note]
 
 
+@torch.no_grad()
+def times_decoder_norms(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same autoencoder with activations times ‖W_dec‖ and decoder rows of norm 1."""
+    norms = tensors["W_dec"].double().norm(dim=-1)
+    folded = {
+        "W_enc": tensors["W_enc"].double() * norms,
+        "b_enc": tensors["b_enc"].double() * norms,
+        "W_dec": tensors["W_dec"].double() / norms.clamp_min(1e-30)[:, None],
+    }
+    return {**tensors, **{name: t.to(tensors[name].dtype) for name, t in folded.items()}}
+
+
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """A safetensors file."""
     write_atomic(file, save({name: t.contiguous() for name, t in tensors.items()}))

@@ -150,14 +150,8 @@ def _folded(cfg: Settings, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor
     """Decoder norms folded in where top-k is taken over activations times those norms."""
     if not cfg.flag("rescale_acts_by_decoder_norm", False):
         return tensors, []
-    norms = tensors["W_dec"].double().norm(dim=-1)
-    folded = {
-        "W_enc": tensors["W_enc"].double() * norms,
-        "b_enc": tensors["b_enc"].double() * norms,
-        "W_dec": tensors["W_dec"].double() / norms.clamp_min(1e-30)[:, None],
-    }
     note = "not bit for bit: rescale_acts_by_decoder_norm is folded into the weights"
-    return tensors | {n: t.to(tensors[n].dtype) for n, t in folded.items()}, [note]
+    return foreign.times_decoder_norms(tensors), [note]
 
 
 def _facts(cfg: Settings) -> tuple[dict[str, Any], Notes]:

@@ -1,0 +1,192 @@
+"""OpenMOSS' Llamascopium (lm_saes before): config.json and sae_weights.safetensors, for
+`SparseAutoEncoder.from_pretrained(DIR)`.
+
+Its tensors have our orientation; b_dec is never subtracted from the input. It can scale inputs and
+outputs by constants, and take the top-k over activations times decoder norms: reading folds both.
+"""
+
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sae import fingerprint
+from sae.errors import FormatError
+from sae.formats import foreign, hookpoints
+from sae.formats.foreign import Foreign, Notes, Settings
+from sae.formats.hookpoints import Match
+from sae.sparsity import Sparsity, make_sparsity
+from sae.store import write_json
+
+CONFIG, WEIGHTS = "config.json", "sae_weights.safetensors"
+_NAMES = {"W_E": "W_enc", "b_E": "b_enc", "W_D": "W_dec", "b_D": "b_dec"}
+_OLD_NAMES = {
+    "encoder.weight": "W_enc",
+    "encoder.bias": "b_enc",
+    "decoder.weight": "W_dec",
+    "decoder.bias": "b_dec",
+}
+_NORM = "dataset_average_activation_norm."
+FUNCTIONS = {"relu_l1": "relu", "topk": "topk"}
+_KINDS = {theirs: ours for ours, theirs in FUNCTIONS.items()}
+
+
+def recognises(source: Path) -> bool:
+    """Whether a folder looks like one."""
+    return (source / CONFIG).is_file() and (source / WEIGHTS).is_file()
+
+
+# ------------------------------------------------------------------------------------------ out
+
+
+def write(sae_folder: Path, out: Path, features: list[int] | None = None) -> Notes:
+    """Write config.json and sae_weights.safetensors to the new folder `out`."""
+    return foreign.export("openmoss", sae_folder, out, features, _fill)
+
+
+def _fill(folder: Path, own: Foreign) -> Notes:
+    foreign.check_kind("openmoss", own, FUNCTIONS, "use --format saelens")
+    foreign.check_square("openmoss", own, "use --format saelens")
+    ours, notes = foreign.with_subtraction("openmoss", own, False)
+    foreign.write_tensors(folder / WEIGHTS, {t: ours[name] for t, name in _NAMES.items()})
+    place, unnamed = _place(own)
+    config = {
+        "sae_type": "sae",
+        "d_model": own.sae.d_in,
+        "expansion_factor": own.sae.d_sae / own.sae.d_in,
+        "act_fn": FUNCTIONS[own.kind],
+        "top_k": own.sae.sparsity.config().get("k", 50),
+        "norm_activation": "inference",
+        "sparsity_include_decoder_norm": False,
+        "use_decoder_bias": True,
+        "use_glu_encoder": False,
+        "dtype": str(own.sae.dtype),
+        "device": "cpu",
+        **place,
+    }
+    write_json(folder / CONFIG, config)
+    return notes + unnamed
+
+
+def _place(own: Foreign) -> tuple[dict[str, Any], Notes]:
+    if own.hookpoint is None:
+        return {"hook_point_in": "", "hook_point_out": ""}, []
+    there = hookpoints.to_transformer_lens(own.hookpoint)
+    note = f"{own.hookpoint} has no name in TransformerLens: hook_point_in says it in ours"
+    names = {"hook_point_in": there.name, "hook_point_out": there.name}
+    return names, [note] if there.match is Match.NONE else []
+
+
+# ------------------------------------------------------------------------------------------- in
+
+
+def read(source: Path) -> list[Foreign]:
+    """The autoencoder of a folder; FormatError for what we cannot hold, by name."""
+    config, weights = Settings.read(source / CONFIG), source / WEIGHTS
+    if not weights.is_file():
+        raise FormatError(f"{source}: {WEIGHTS} is missing; copy it along with {CONFIG}")
+    known = foreign.known_facts(source, weights)
+    _refuse_others(config)
+    kind = _KINDS[config.text("act_fn") or ""]
+    tensors = fingerprint.load(weights)
+    norms = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_NORM)}
+    ours = _named(config, weights, tensors)
+    ours, notes = _without_decoder_norms(config, kind, ours)
+    ours, more = _unscaled(config, norms, ours)
+    sae = foreign.assemble(weights, ours, _sparsity(config, kind, known), subtract_b_dec=False)
+    if sae.d_in != config.whole("d_model"):
+        raise FormatError(
+            f"{source}: {CONFIG} says d_model {config.whole('d_model')}, the weights have "
+            f"{sae.d_in}; take both files from one save"
+        )
+    facts, doubts = _facts(config)
+    doubts = [] if known else doubts
+    return [Foreign(sae, facts | foreign.own_facts(known), (*notes, *more, *doubts))]
+
+
+def _refuse_others(config: Settings) -> None:
+    """What its encoders can do and ours cannot."""
+    for key, allowed in (("sae_type", ("sae",)), ("act_fn", tuple(_KINDS))):
+        if config.text(key) not in allowed:
+            raise FormatError(
+                f"{config.file}: {key} {config.text(key)!r:.40} cannot be read here; "
+                f"expected {', '.join(allowed)}"
+            )
+    if config.flag("use_glu_encoder", False):
+        raise FormatError(f"{config.file}: use_glu_encoder: we have no such encoder")
+    if config.text("norm_activation") not in ("dataset-wise", "inference"):
+        raise FormatError(
+            f"{config.file}: norm_activation {config.text('norm_activation')!r:.40}: only "
+            "dataset-wise and inference can be folded into weights"
+        )
+    if config.text("hook_point_in") != config.text("hook_point_out"):
+        raise FormatError(f"{config.file}: reads one place and rebuilds another; ours cannot yet")
+
+
+def _named(config: Settings, file: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights by our names and in our orientation, of either generation of theirs."""
+    old = "encoder.weight" in tensors
+    names = _OLD_NAMES if old else _NAMES
+    if not config.flag("use_decoder_bias", True):
+        decoder = tensors.get("decoder.weight" if old else "W_D")
+        if decoder is not None and decoder.ndim == 2:
+            bias = decoder.new_zeros(decoder.shape[0 if old else 1])
+            tensors = tensors | {"decoder.bias" if old else "b_D": bias}
+    foreign.check_names(file, tensors, names)
+    ours = {name: tensors[theirs] for theirs, name in names.items()}
+    if old:
+        for name in ("W_enc", "W_dec"):
+            ours[name] = ours[name].T if ours[name].ndim == 2 else ours[name]
+    return ours
+
+
+def _unscaled(
+    config: Settings, norms: dict[str, Tensor], ours: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], Notes]:
+    """Raw inputs in, raw outputs out: x · √d_model / norm is what was trained on."""
+    if config.text("norm_activation") == "inference":
+        return ours, []
+    factors = []
+    for key, old in (("hook_point_in", "in"), ("hook_point_out", "out")):
+        names = (f"{_NORM}{config.text(key)}", f"{_NORM}{old}")
+        found = next((norms[name] for name in names if name in norms), None)
+        if found is None or found.numel() != 1 or not float(found) > 0:
+            raise FormatError(f"{config.file.parent / WEIGHTS}: {names[0]} is no positive number")
+        factors.append(sqrt(config.whole("d_model")) / float(found))
+    scale_in, scale_out = factors
+    scaled = {
+        "W_enc": ours["W_enc"].double() * scale_in,
+        "W_dec": ours["W_dec"].double() / scale_out,
+        "b_dec": ours["b_dec"].double() / scale_out,
+    }
+    note = "not bit for bit: dataset_average_activation_norm is folded into the weights"
+    return ours | {name: t.to(ours[name].dtype) for name, t in scaled.items()}, [note]
+
+
+def _without_decoder_norms(
+    config: Settings, kind: str, ours: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], Notes]:
+    """Top-k over activations times decoder norms, as a top-k over activations."""
+    if kind != "topk" or not config.flag("sparsity_include_decoder_norm", True):
+        return ours, []
+    note = (
+        "not bit for bit: sparsity_include_decoder_norm is folded into the weights; activations "
+        "are OpenMOSS' times decoder norms"
+    )
+    return foreign.times_decoder_norms(ours), [note]
+
+
+def _sparsity(config: Settings, kind: str, known: dict[str, Any]) -> Sparsity:
+    if kind == "topk":
+        return make_sparsity("topk", k=config.whole("top_k"))
+    return make_sparsity("relu_l1", l1=foreign.trained_setting(known, "relu_l1", "l1", 0.0))
+
+
+def _facts(config: Settings) -> tuple[dict[str, Any], Notes]:
+    """The hookpoint; which model it is for, the files do not say."""
+    name = config.text("hook_point_in") or ""
+    here = hookpoints.from_transformer_lens(name)
+    if here.match is Match.NONE:
+        return {}, [f"{name} has no name here"]
+    return {"hookpoint": here.name}, []
