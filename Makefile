@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN = .venv/bin/python
 
-.PHONY: install quickstart test check format faults faults-long
+.PHONY: install quickstart test check format exchange faults faults-long
 
 install: .venv/installed
 
@@ -16,6 +16,9 @@ quickstart: install
 
 test: install
 	$(RUN) -m pytest -n 2
+
+exchange: install
+	$(RUN) scripts/exchange.py
 
 faults: install
 	PYTHONPATH=tests $(RUN) -m faults

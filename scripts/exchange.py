@@ -1,0 +1,194 @@
+"""Round trips through other tools' own packages: the same activations and reconstructions?
+
+Ours → theirs: an SAE of random weights is exported, opened by the real package in a virtual
+environment of its own, and both encode and decode 1,000 random and 1,000 real activations (of the
+bundled model). Theirs → ours: the package saves what it has loaded, and `sae import` reads that.
+Prints the table of docs/exchange.md. Takes five minutes, most of it installing.
+
+    make exchange            # or: python scripts/exchange.py [--peers FOLDER] [--only saelens]
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sae import formats
+from sae.autoencoder import SparseAutoencoder
+from sae.builtin import documents
+from sae.config import ModelConfig
+from sae.hooks import Hookpoint, capture
+from sae.language_model import load
+from sae.sparsity import make_sparsity
+from sae.store import Run, write_atomic, write_manifest
+
+PACKAGES = {
+    "saelens": "sae-lens",
+    "sparsify": "eai-sparsify",
+    "dictionary_learning": "dictionary-learning",
+}
+WORKER = Path(__file__).with_name("exchange_worker.py")
+SITE, N, D_SAE, SEED = "layers.2.mlp_out", 1000, 512, 0
+GOAL, CLOSE, MOST_CLOSE = 1e-5, 1e-5, 1e-3
+KINDS = {"relu_l1": {"l1": 1.0}, "topk": {"k": 16}}
+HOLDS = {
+    "saelens": ("relu_l1", "topk"),
+    "sparsify": ("topk",),
+    "dictionary_learning": ("relu_l1", "topk"),
+}
+
+
+class Row(NamedTuple):
+    """One direction of one kind through one package."""
+
+    package: str
+    kind: str
+    subtract: bool
+    direction: str
+    encode: float
+    decode: float
+    excluded: float
+    """Share of the activations left out, as they lie within 1e-5 of where they begin."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--peers", type=Path, default=Path(".peers"), help="virtual environments")
+    parser.add_argument("--only", choices=PACKAGES, help="one of the packages")
+    args = parser.parse_args()
+    real = real_activations()
+    random = torch.randn(real.shape, generator=torch.Generator().manual_seed(SEED))
+    inputs = {"random": random, "real": real}
+    rows = []
+    for name in [args.only] if args.only else PACKAGES:
+        python, version = environment(args.peers, PACKAGES[name])
+        print(f"{PACKAGES[name]} {version}", flush=True)
+        for kind in HOLDS[name]:
+            for subtract in (True, False):
+                rows += trips(python, f"{PACKAGES[name]} {version}", name, kind, subtract, inputs)
+    print(table(rows))
+    worst = max(max(row.encode, row.decode) for row in rows)
+    sys.exit(int(worst > GOAL or max(row.excluded for row in rows) > MOST_CLOSE))
+
+
+def environment(peers: Path, package: str) -> tuple[Path, str]:
+    """The Python of a package's own virtual environment, made where there is none; its version."""
+    folder = peers / package
+    python = folder / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", package], check=True)
+    code = f"import importlib.metadata as m; print(m.version({package!r}))"
+    done = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True)
+    return python, done.stdout.strip()
+
+
+def real_activations() -> Tensor:
+    """[N d] what the bundled model's MLP writes on built-in text."""
+    lm = load(ModelConfig(), torch.device("cpu"))
+    point, found = Hookpoint.parse(SITE), []
+    for document in documents("builtin:"):
+        ids = lm.tokenizer(document.text, return_tensors="pt", verbose=False)["input_ids"]
+        for start in range(0, ids.shape[1], lm.context or N):
+            with torch.no_grad(), capture(lm.model, [point]) as acts:
+                lm.model(input_ids=ids[:, start : start + (lm.context or N)])
+            found.append(acts[point][0])
+        if sum(map(len, found)) >= N:
+            break
+    return torch.cat(found)[:N].contiguous()
+
+
+def trips(
+    python: Path, package: str, name: str, kind: str, subtract: bool, inputs: dict[str, Tensor]
+) -> Iterator[Row]:
+    """Out to the package, and back from what it saves."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        sae = make(kind, subtract, inputs["real"])
+        save_file(inputs, root / "inputs.safetensors")
+        formats.write(name, run_folder(root / "run", sae), root / "out")
+        there = next((root / "out").rglob({"sparsify": "cfg.json"}.get(name, "*.json"))).parent
+        job = {"format": name, "folder": str(there), "root": str(root)}
+        write_atomic(root / "job.json", json.dumps(job))
+        subprocess.run([python, WORKER, root / "job.json"], check=True, capture_output=True)
+        theirs = load_file(root / "outputs.safetensors")
+        yield compare(Row(package, kind, subtract, "ours → theirs", 0, 0, 0), sae, inputs, theirs)
+        found = formats.read(root / "saved", name, trusted=True)[1][0].sae
+        yield compare(Row(package, kind, subtract, "theirs → ours", 0, 0, 0), found, inputs, theirs)
+
+
+@torch.no_grad()
+def make(kind: str, subtract: bool, x: Tensor) -> SparseAutoencoder:
+    """Random directions of norm 1 and biases that leave features sparse."""
+    sae = SparseAutoencoder(x.shape[1], D_SAE, make_sparsity(kind, **KINDS[kind]), None, subtract)
+    generator = torch.Generator().manual_seed(SEED)
+    sae.initialise(x.mean(0), generator)
+    sae.W_dec.mul_(10)
+    sae.b_enc.copy_(-0.2 * torch.rand(D_SAE, generator=generator))
+    return sae
+
+
+def run_folder(run: Path, sae: SparseAutoencoder) -> Path:
+    """A run that holds just this SAE."""
+    facts = {"hookpoint": SITE, "model": "builtin:", "data": "builtin:"}
+    folder = run / "saes" / SITE
+    sae.save_pretrained(folder, facts)
+    write_manifest(folder, facts)
+    write_atomic(run / "config.yaml", f"hookpoints: [{SITE}]\n")
+    return Run(run).sae()
+
+
+@torch.no_grad()
+def compare(
+    row: Row, sae: SparseAutoencoder, inputs: dict[str, Tensor], theirs: dict[str, Tensor]
+) -> Row:
+    """‖a − b‖ / ‖b‖ over both kinds of inputs, the larger of the two."""
+    for name, x in inputs.items():
+        ours, (acts, recon) = sae(x), (theirs[f"{name}.acts"], theirs[f"{name}.recon"])
+        differs = (ours.acts > 0) != (acts > 0)
+        edge = differs & ((ours.acts - acts).abs() <= CLOSE)
+        off = edge | (differs & near_the_cut(sae, ours.pre))
+        kept = ~off.any(-1)
+        row = row._replace(
+            encode=max(row.encode, relative(ours.acts[~off], acts[~off])),
+            decode=max(row.decode, relative(ours.recon[kept], recon[kept])),
+            excluded=max(row.excluded, off.float().mean().item()),
+        )
+    return row
+
+
+def near_the_cut(sae: SparseAutoencoder, pre: Tensor) -> Tensor:
+    """Which pre-activations lie within 1e-5 of what decides whether they are active."""
+    if sae.sparsity.kind == "topk":
+        last = pre.topk(sae.sparsity.config()["k"], dim=-1).values[:, -1:]
+        return (pre - last).abs() <= CLOSE
+    return pre.abs() <= CLOSE
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return (torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b)).item()
+
+
+def table(rows: list[Row]) -> str:
+    """The table of docs/exchange.md."""
+    lines = [
+        "| package | kind | b_dec subtracted | direction | encode | decode | excluded |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        subtracted = "yes" if row.subtract else "no"
+        numbers = f"{row.encode:.0e} | {row.decode:.0e} | {row.excluded:.2%}"
+        lines.append(f"| {row.package} | {row.kind} | {subtracted} | {row.direction} | {numbers} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
