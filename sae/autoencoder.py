@@ -3,6 +3,7 @@
 acts = sparsity((x − b_dec) @ W_enc + b_enc)        recon = acts @ W_dec + b_dec
 """
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,12 +14,12 @@ from jaxtyping import Float
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from sae import fingerprint
+from sae import fingerprint, hub
 from sae.config import YAML_BYTES, dump_yaml, parse_yaml
 from sae.errors import ConfigError, FormatError, RunError, suggest
 from sae.fingerprint import FINGERPRINT
 from sae.sparsity import Sparsity, make_sparsity
-from sae.store import WEIGHTS, Run, check_files, write_atomic
+from sae.store import MANIFEST, WEIGHTS, Run, check_files, write_atomic
 from sae.untrusted import read_limited
 
 FORMAT = 1
@@ -29,6 +30,20 @@ _SPARSITY = "sparsity."
 """How the names of the sparsity's tensors begin in the state of a module, but not on the disk."""
 _KEYS = ("format", "d_in", "d_sae", "d_out", "subtract_b_dec", "sparsity", "dtype", "metadata")
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16)}
+
+
+_CARD = """---
+library_name: sae-toolkit
+tags: [sparse-autoencoder, interpretability]
+---
+# A sparse autoencoder, {sae.d_in} → {sae.d_sae} features, {sae.sparsity.kind}
+
+```python
+from sae.autoencoder import SparseAutoencoder
+
+sae = SparseAutoencoder.from_pretrained("{repo}")
+```
+"""
 
 
 class Output(NamedTuple):
@@ -240,22 +255,42 @@ class SparseAutoencoder(nn.Module):
         if inputs is not None:
             fingerprint.write(folder, self, inputs, targets, (metadata or {}).get("scale"))
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        metadata: Mapping[str, Any] | None = None,
+        *,
+        inputs: Float[Tensor, "n d_in"] | None = None,
+        private: bool = False,
+    ) -> str:
+        """Save to a repository of the Hub, with a short card; returns its address.
+
+        `sae push RUN` publishes a run with its numbers and its features. Raises RunError.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, metadata, inputs=inputs)
+            (Path(folder) / "README.md").write_text(_CARD.format(repo=repo_id, sae=self))
+            return hub.upload(Path(folder), repo_id, private=private, message="Add the SAE")
+
     @classmethod
     def from_pretrained(
         cls,
         path: str | Path,
         sae: str | None = None,
         *,
+        revision: str | None = None,
+        subfolder: str | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
     ) -> "SparseAutoencoder":
         """Read the folder of an SAE, or of a run, where `sae` chooses one if there are several.
 
-        `dtype`: as stored where None. Raises RunError where there is no such folder or SAE, or the
+        `path` may also be a repository of the Hub, at a `revision` of it. `dtype`: as stored where
+        None. Raises RunError where there is no such folder or SAE, or the
         files are not those its manifest lists, and FormatError where files or tensors are missing,
         unknown, of the wrong shape, or do not give what the stored fingerprint expects.
         """
-        folder = locate(path, sae)
+        folder = locate(path, sae, revision=revision, subfolder=subfolder)
         check_files(folder, CONFIG, WEIGHTS, FINGERPRINT)
         config = read_config(folder)
         stored = _DTYPES[config["dtype"]]
@@ -273,12 +308,25 @@ class SparseAutoencoder(nn.Module):
         return model.to(device=device, dtype=dtype or stored)
 
 
-def locate(path: str | Path, sae: str | None = None) -> Path:
+def locate(
+    path: str | Path,
+    sae: str | None = None,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+) -> Path:
     """The folder that holds sae.safetensors: `path` itself, or the SAE `sae` of the run there.
 
-    Raises RunError where there is no such folder, run or SAE.
+    What is no folder but looks like the name of a repository is fetched from the Hub. Raises
+    RunError where there is no such folder, repository, run or SAE.
     """
-    folder = Path(path)
+    if hub.is_name(str(path)):
+        wanted = [f"*{name}" for name in (WEIGHTS, CONFIG, FINGERPRINT, MANIFEST, "config.yaml")]
+        folder = hub.fetch(str(path), revision, subfolder, wanted=wanted)
+    elif revision is not None:
+        raise RunError(f"{path} lies on this disk and has no revisions; leave revision out")
+    else:
+        folder = Path(path) / (subfolder or "")
     if not folder.is_dir():
         raise RunError(f"{folder}: no such folder; give an SAE's folder or a run's")
     if (folder / "saes").is_dir():

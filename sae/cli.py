@@ -467,7 +467,10 @@ def import_(args: list[str]) -> None:
     from sae import config, formats
 
     parser = Parser("import", "SOURCE --output RUN [--format NAME] [--model.name …]")
-    parser.add_argument("source", metavar="SOURCE", help="a file or folder of another tool")
+    parser.add_argument(
+        "source", metavar="SOURCE", help="of another tool: a file, a folder or a Hub name"
+    )
+    parser.add_argument("--revision", metavar="REF", help="branch, tag or commit of a Hub name")
     parser.add_argument(
         "--format", metavar="NAME", help=f"{', '.join(formats.READABLE)} (default: by its files)"
     )
@@ -486,15 +489,42 @@ def import_(args: list[str]) -> None:
     given = parser.read(args)
     source, name = str(given.pop("source")), given.pop("format", None)
     trusted = bool(given.pop("allow_pickle_file", False))
+    revision = _text(given, "revision")
+    given.pop("revision", None)
     from sae.importing import import_run
 
-    found = import_run(source, None if name is None else str(name), given, trusted=trusted)
+    found = import_run(
+        source, None if name is None else str(name), given, trusted=trusted, revision=revision
+    )
     print(f"read {visible(source)} as {found.format}")
     for note in found.notes:
         print(visible(note))
     print(f"written {found.folder}")
     run = shlex.quote(str(found.folder))
     print(f"next: sae evaluate {run}; sae features {run}; sae top {_one_sae(found.folder)}")
+
+
+@_verb("push", "publish a run on the Hugging Face Hub")
+def push(args: list[str]) -> None:
+    """sae push."""
+    parser = Parser("push", "RUN USER/NAME [--sae NAME] [--private]")
+    parser.add_argument("run", metavar="RUN", help="folder of a run, such as checkpoints/NAME")
+    parser.add_argument("repo", metavar="USER/NAME", help="repository; made where there is none")
+    parser.add_argument("--sae", metavar="NAME", help="only this one of its SAEs")
+    parser.add_argument("--private", action="store_true", help="for you and those you invite alone")
+    given = parser.read(args)
+    from sae.store import Run
+
+    run, name, repo = Run(str(given["run"])), _text(given, "sae"), str(given["repo"])
+    for folder in [run.sae(name)] if name or not run.saes() else run.saes().values():
+        if not (folder / "features").is_dir():
+            print(f"{folder.name} has no features to publish; sae features {_run(run.path, name)}")
+    _quiet_libraries()
+    from sae.publishing import publish
+
+    for address in publish(run.path, repo, sae=name, private="private" in given):
+        print(f"published {address}")
+    print(f"next: in Python, SparseAutoencoder.from_pretrained({repo!r})")
 
 
 def _listed(options: dict[str, str]) -> str:
@@ -606,6 +636,8 @@ def _quiet_libraries() -> None:
     import transformers
 
     huggingface_hub.logging.set_verbosity_error()
+    if not sys.stderr.isatty() and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
+        huggingface_hub.utils.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
 

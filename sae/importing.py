@@ -9,13 +9,15 @@ from typing import Any, NamedTuple
 import torch
 
 from sae import config as settings
-from sae import fingerprint, formats
+from sae import fingerprint, formats, hub
 from sae.autoencoder import SparseAutoencoder
 from sae.config import TrainConfig
 from sae.errors import FormatError, HookpointError, RunError
 from sae.formats.foreign import Foreign
 from sae.hooks import Hookpoint
 from sae.store import covered_files, folder_name, sha256, staged, write_atomic
+
+FETCHED = ("*.safetensors", "*.json", "*.yaml", "*.npz", "*.pt")
 
 
 class Imported(NamedTuple):
@@ -32,34 +34,54 @@ def import_run(
     overrides: Mapping[str, object] | None = None,
     *,
     trusted: bool = False,
+    revision: str | None = None,
 ) -> Imported:
-    """Write the autoencoders of a file or folder as a new run.
+    """Write the autoencoders of a file or folder, or of a Hub repository, as a new run.
+
+    A repository is named USER/NAME, or USER/NAME/FOLDER for a part of it, at a `revision`.
 
     `overrides` are settings by their dotted names; output is needed, and model.name and hookpoints
     where the files do not say them; `trusted` allows to read .pt files. Raises FormatError and
     RunError.
     """
-    source, overrides = Path(source), dict(overrides or {})
-    if not source.exists():
-        raise RunError(f"{source}: no such file or folder; give what another tool has written")
+    overrides, said = dict(overrides or {}), str(source)
     if not overrides.get("output"):
         raise RunError("--output is missing; sae import SOURCE --output checkpoints/NAME")
+    source = _found(said, revision)
     name, found = formats.read(source, format, trusted=trusted)
     if not found:
         raise FormatError(f"{source} holds no autoencoder of format {name}")
     points = _hookpoints(source, found, overrides.pop("hookpoints", None))
     config = _config(found, points, overrides)
     notes = [note for foreign in found for note in foreign.notes]
-    said = found[0].says("data")
-    if said not in ("", config.data.source):
-        notes.append(f"trained on {said}; read here on {config.data.source} (--data.source)")
-    origin = {"format": name, "source": str(source.absolute()), "files": _hashes(source)}
+    data = found[0].says("data")
+    if data not in ("", config.data.source):
+        notes.append(f"trained on {data}; read here on {config.data.source} (--data.source)")
+    origin = {"format": name, "source": _address(said, revision), "files": _hashes(source)}
     run = Path(str(config.output))
     with staged(run, extra={"imported": origin, "notes": notes}) as folder:
         write_atomic(folder / "config.yaml", settings.dump(config))
         for point, foreign in zip(points, found, strict=True):
             _write(folder / "saes" / folder_name(str(point)), point, foreign, config, origin)
     return Imported(run, name, notes)
+
+
+def _found(source: str, revision: str | None) -> Path:
+    """The file or folder, of the Hub in its cache; RunError where there is none."""
+    if Path(source).exists():
+        return Path(source)
+    user, _, rest = source.partition("/")
+    name, _, inside = rest.partition("/")
+    if not hub.is_name(f"{user}/{name}"):
+        raise RunError(f"{source}: no such file or folder; give what another tool has written")
+    return hub.fetch(f"{user}/{name}", revision, inside or None, wanted=FETCHED)
+
+
+def _address(source: str, revision: str | None) -> str:
+    """Where it was read from, for the manifest."""
+    if Path(source).exists():
+        return str(Path(source).absolute())
+    return f"hf://{source}" + (f"@{revision}" if revision else "")
 
 
 def _hookpoints(source: Path, found: list[Foreign], given: object) -> list[Hookpoint]:

@@ -90,7 +90,7 @@ def test_what_the_files_do_not_say_is_asked_for(tmp_path: Path) -> None:
 
 def test_mistakes(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no such file or folder"):
-        import_run(tmp_path / "nothing")
+        import_run(tmp_path / "nothing", overrides={"output": str(tmp_path / "run")})
     with pytest.raises(RunError, match="--output is missing"):
         import_run(trained / "lens")
     (tmp_path / "run").mkdir()

@@ -14,8 +14,8 @@ PACKAGE = Path(__file__).parents[1] / "sae"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 ROWS = (
-    "errors hub stopping",
-    "untrusted memory",
+    "errors stopping",
+    "hub untrusted memory",
     "config builtin",
     "store text hooks documents sparsity kernels language_model mirror geometry",
     "fingerprint data progress records checkpoint steps",
@@ -23,7 +23,7 @@ ROWS = (
     "activations losses revival",
     "formats evaluation planning synthetic",
     "learner resuming features terminal scores superposition",
-    "training fitting importing",
+    "training fitting importing publishing",
     "runs verification",
     "cli",
 )
