@@ -65,6 +65,13 @@ def _listed(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def _to_the_end(value: tuple[float, ...]) -> tuple[float, ...]:
+    """Refuse shares that do not rise from above 0 to 1."""
+    if not value or value[-1] != 1 or any(b <= a for a, b in zip((0, *value), value, strict=False)):
+        raise ValueError("not rising to 1")
+    return value
+
+
 _Int = Annotated[int, BeforeValidator(_number)]
 _Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 
@@ -80,6 +87,11 @@ Span = Annotated[
     tuple[Share, Share],
     AfterValidator(_rising),
     Wanted("two shares from 0 to 1, the second not below the first"),
+]
+Prefixes = Annotated[
+    tuple[Share, ...],
+    AfterValidator(_to_the_end),
+    Wanted("shares above 0 that rise to 1, the last of them"),
 ]
 Switch = Annotated[bool, Wanted("true or false")]
 Text = Annotated[str, Field(pattern=r"\S"), Wanted("text, in quotes where it looks like a number")]
@@ -270,6 +282,9 @@ class SAEConfig(Settings):
     init: Literal["random", "data"] = "random"
     """Directions to start from: random ones, or those of tokens from the mean; data leaves fewer
     features dead under topk, at a little more error."""
+    prefixes: Prefixes = (1.0,)
+    """Shares of the features that learn to rebuild the input by themselves (Matryoshka), such as
+    0.0625 0.125 0.25 0.5 1: the first become general, the rest specific; 1 alone is plain."""
     sparsity: ReluL1Config | TopKConfig | BatchTopKConfig | JumpReluConfig | GatedConfig = Field(
         default=ReluL1Config(), discriminator="kind"
     )
@@ -295,6 +310,10 @@ class SAEConfig(Settings):
     def width(self, d_in: int) -> int:
         """Number of features d_sae for activations of width d_in."""
         return self.d_sae if self.d_sae is not None else self.expansion_factor * d_in
+
+    def prefix_sizes(self, d_sae: int) -> tuple[int, ...]:
+        """The prefixes as numbers of features, each once and at least 1."""
+        return tuple(sorted({max(1, round(share * d_sae)) for share in self.prefixes}))
 
 
 class OptimConfig(Settings):
@@ -462,6 +481,8 @@ def run_name(config: TrainConfig) -> str:
     sparsity, sae = config.sae.sparsity, config.sae
     width = f"x{sae.expansion_factor}" if sae.d_sae is None else f"d{sae.d_sae}"
     parts = [model, places, sparsity.kind, width]
+    if len(sae.prefixes) > 1:
+        parts.append("matryoshka")
     standard = TrainConfig()
     for now, default, names in (
         (sparsity, type(sparsity)(), ("l1", "l0_coef", "k", "k_start", "k_ramp")),

@@ -193,7 +193,10 @@ class Learner:
         moment = self.config.sae.sparsity.at(done)
         if refitting:
             moment = replace(moment, coef=0.0)
-        step = partial(steps.step, self.sae, x, y, moment, matmul_dtype=self.dtype)
+        prefixes = self.config.sae.prefix_sizes(self.sae.d_sae)
+        step = partial(
+            steps.step, self.sae, x, y, moment, prefixes=prefixes, matmul_dtype=self.dtype
+        )
         stats = self.chunk.fit(len(x), partial(step, **self._for_the_dead()))
         if refitting:
             for name, parameter in self.sae.named_parameters():

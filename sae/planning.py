@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -209,10 +210,15 @@ def _step_seconds(plan: Plan, point: Hookpoint) -> float:
     adam = torch.optim.Adam(sae.parameters(), fused=True)
     chunk = MicroBatch(f"the step of {point}", "tokens", "lower optim.batch or sae.d_sae")
 
-    moment = config.sae.sparsity.at(1.0)
+    gradients = partial(
+        steps.step,
+        *(sae, x, x, config.sae.sparsity.at(1.0)),
+        prefixes=config.sae.prefix_sizes(sae.d_sae),
+        matmul_dtype=plan.dtype,
+    )
 
     def step() -> None:
-        chunk.fit(len(x), lambda n: steps.step(sae, x, x, moment, n, matmul_dtype=plan.dtype))
+        chunk.fit(len(x), lambda n: gradients(chunk=n))
         torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
         adam.step()
 

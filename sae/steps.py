@@ -5,7 +5,8 @@ both work on some tokens at a time, and what is chosen or averaged over the batc
 batch is split.
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -31,6 +32,7 @@ def step(
     now: Moment,
     chunk: int | None = None,
     *,
+    prefixes: Sequence[int] = (),
     auxk: int = 0,
     auxk_coef: float = 0.0,
     dead: Bool[Tensor, " d_sae"] | None = None,
@@ -39,17 +41,20 @@ def step(
     """Set the gradients of reconstruction + now.coef · penalty + auxk_coef · `losses.auxk`.
 
     And of the sparsity's own auxiliary loss, where it has one. `chunk`: the most tokens worked on
-    at once; `auxk`: dead features used a token, 0 for none; `dead`: which features are;
+    at once; `prefixes`: numbers of first features that rebuild y by themselves, the last of them
+    d_sae, or none; `auxk`: dead features used a token, 0 for none; `dead`: which features are;
     `matmul_dtype`: type of the large products.
     """
-    if isinstance(sae.sparsity, ReluL1):
+    dtype, plain = matmul_dtype or sae.W_enc.dtype, len(prefixes) <= 1
+    if isinstance(sae.sparsity, ReluL1) and plain:
         return kernels.relu_l1_step(sae, x, y, now.coef, chunk, matmul_dtype=matmul_dtype)
-    if isinstance(sae.sparsity, TopK):
+    if isinstance(sae.sparsity, TopK) and plain:
         revive = {"auxk": auxk, "auxk_coef": auxk_coef, "dead": dead}
         return kernels.topk_step(sae, x, y, now.k, chunk, **revive, matmul_dtype=matmul_dtype)
-    dtype = matmul_dtype or sae.W_enc.dtype
     aux = Auxk(dead, auxk, auxk_coef, dtype) if dead is not None and auxk else None
-    return autograd_step(sae, x, y, now, chunk, aux=aux, dead=dead, matmul_dtype=dtype)
+    return autograd_step(
+        sae, x, y, now, chunk, prefixes=prefixes, aux=aux, dead=dead, matmul_dtype=dtype
+    )
 
 
 @torch.no_grad()
@@ -60,13 +65,16 @@ def autograd_step(
     now: Moment,
     chunk: int | None = None,
     *,
+    prefixes: Sequence[int] = (),
     aux: Auxk | None = None,
     dead: Bool[Tensor, " d_sae"] | None = None,
     matmul_dtype: torch.dtype,
 ) -> StepStats:
     """The step of any sparsity from its formulas, dense: about ten times a kernel's time.
 
-    Two passes over the batch where the sparsity chooses over all of it, one elsewhere.
+    Two passes over the batch where the sparsity chooses over all of it, one elsewhere. With
+    `prefixes` the reconstruction loss is the mean over those of every prefix of the features, which
+    puts the general ones first: Bussmann et al. 2025, arXiv:2503.17547.
     """
     if chunk is not None and chunk < len(x):
         kernels.forget_gradients(sae)
@@ -79,12 +87,12 @@ def autograd_step(
         with torch.enable_grad():
             pre = _pre(sae, centred[tokens], matmul_dtype)
             acts = sae.sparsity.in_training(pre, now, cut)
-            recon = (acts.to(matmul_dtype) @ sae.W_dec.to(matmul_dtype)).to(y.dtype) + sae.b_dec
+            residuals = _residuals(sae, acts, y[tokens], prefixes, matmul_dtype)
             norms = torch.linalg.vector_norm(sae.W_dec, dim=-1)
             penalty = sae.sparsity.penalty(pre, acts, norms)
             decoder = sae.W_dec.detach(), sae.b_dec.detach()
             own = sae.sparsity.auxiliary(pre, y[tokens], decoder, dead)
-            sums.add(acts, y[tokens] - recon, penalty, own)
+            sums.add(acts, residuals, penalty, own)
     missed = sums.loss.new_zeros(())
     if aux is not None:
         missed = aux.add(sae, centred, torch.cat(sums.residual), sums.grads, chunk)
@@ -100,6 +108,18 @@ def _parts(n: int, size: int) -> Iterator[slice]:
 def _pre(sae: Weights, centred: Tensor, dtype: torch.dtype) -> Float[Tensor, "chunk d_sae"]:
     """Pre-activations, in the type of the weights: a threshold may be closer than bf16 can tell."""
     return (centred.to(dtype) @ sae.W_enc.to(dtype)).to(sae.W_enc.dtype) + sae.b_enc
+
+
+def _residuals(
+    sae: Weights, acts: Tensor, y: Tensor, prefixes: Sequence[int], dtype: torch.dtype
+) -> list[Float[Tensor, "chunk d_out"]]:
+    """y minus what each prefix of the features rebuilds, that of all features last."""
+    acts, W_dec = acts.to(dtype), sae.W_dec.to(dtype)
+    recon, found = sae.b_dec, []
+    for start, stop in itertools.pairwise((0, *(prefixes or [len(W_dec)]))):
+        recon = (acts[:, start:stop] @ W_dec[start:stop]).to(y.dtype) + recon
+        found.append(y - recon)
+    return found
 
 
 class _Sums:
@@ -118,10 +138,14 @@ class _Sums:
         self.fired = torch.zeros(d_sae, dtype=torch.long, device=sae.W_dec.device)
         self.residual: list[Tensor] = []
 
-    def add(self, acts: Tensor, residual: Tensor, penalty: Tensor, auxiliary: Tensor) -> None:
+    def add(
+        self, acts: Tensor, residuals: list[Tensor], penalty: Tensor, auxiliary: Tensor
+    ) -> None:
         """One chunk, with the gradients of its share of the loss."""
-        mse, share = residual.square().sum() / self.tokens, len(acts) / self.tokens
-        loss = mse + share * (self.coef * penalty + auxiliary)
+        share, squares = len(acts) / self.tokens, [r.square().sum() for r in residuals]
+        mse = squares[-1] / self.tokens
+        reconstruction = torch.stack(squares).mean() / self.tokens
+        loss = reconstruction + share * (self.coef * penalty + auxiliary)
         into = {
             self.sae.W_enc: self.grads.W_enc_T.T,
             self.sae.b_enc: self.grads.b_enc,
@@ -137,7 +161,7 @@ class _Sums:
         self.mse += mse.detach()
         self.penalty += share * penalty.detach()
         self.fired += (acts.detach() > 0).sum(0)
-        self.residual.append(residual.detach())
+        self.residual.append(residuals[-1].detach())
 
     def finish(self, missed: Tensor, cut: Tensor | None) -> StepStats:
         """Set the gradients."""

@@ -113,6 +113,10 @@ MISTAKES = [
     ("sae: {d_sae: 0}", "sae.d_sae: 0 came, wanted a whole number of at least 1, or null"),
     ("sae: {sparsity: {l1: -1}}", "sae.sparsity.l1: -1 came, wanted a number of at least 0"),
     (
+        "sae: {prefixes: [0.5, 0.5, 1]}",
+        "sae.prefixes: [0.5, 0.5, 1] came, wanted shares above 0 that rise to 1, the last of them",
+    ),
+    (
         "sae: {sparsity: {kind: topkk}}",
         f"sae.sparsity.kind: \"topkk\" came, wanted one of {KINDS}; did you mean 'topk'?",
     ),

@@ -2,9 +2,12 @@
 and that each sparsity takes the step meant for it."""
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
+import variants
+from variants import VARIANTS
 
 from sae import kernels, steps
 from sae.autoencoder import SparseAutoencoder
@@ -68,3 +71,31 @@ def test_relu_and_topk_take_their_kernels(
     monkeypatch.setattr(kernels, taken, lambda *args, **options: called.append(args[3]))
     steps.step(build(sparsity), randn(5, 16), randn(5, 16), NOW)
     assert called == [NOW.k if taken == "topk_step" else NOW.coef]
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_the_loss_of_prefixes_is_the_mean_of_what_each_rebuilds(kind: str):
+    """Each alone is an autoencoder whose other decoder rows are 0."""
+    variant, x = VARIANTS[kind], randn(30, 6)
+    sae = variants.build(variant.make())
+    now = replace(variant.now, coef=0.0)
+    got = steps.step(sae, x, x, now, prefixes=(5, 12, variants.D_SAE))
+    mse = []
+    for size in (5, 12, variants.D_SAE):
+        part = variants.build(variant.make())
+        part.W_dec.data[size:] = 0
+        mse.append(steps.step(part, x, x, now).mse)
+    auxiliary = steps.step(sae, x, x, now).loss - mse[-1]
+    torch.testing.assert_close(got.loss, torch.stack(mse).mean() + auxiliary)
+    torch.testing.assert_close(got.mse, mse[-1])
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_a_lone_full_prefix_is_plain_to_the_bit(kind: str):
+    variant, x = VARIANTS[kind], randn(30, 6)
+    plain, full = variants.build(variant.make()), variants.build(variant.make())
+    want = steps.step(plain, x, x, variant.now)
+    got = steps.step(full, x, x, variant.now, prefixes=(variants.D_SAE,))
+    assert torch.equal(got.loss, want.loss)
+    for name, parameter in full.named_parameters():
+        assert torch.equal(parameter.grad, plain.get_parameter(name).grad), name
