@@ -31,9 +31,10 @@ from typing import Any, NamedTuple
 
 import torch
 from kept import Kept
-from planted_recipes import BATCH, LR, config, fit
+from planted_recipes import BATCH, LR, config
 from safetensors.torch import load_file, save_file
 
+from sae.fitting import fit
 from sae.scores import Exam
 from sae.synthetic import PlantedConfig, PlantedFeatures
 

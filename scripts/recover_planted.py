@@ -21,9 +21,10 @@ from typing import Any
 
 import torch
 from kept import Kept
-from planted_recipes import BATCH, RECIPES, config, fit
+from planted_recipes import BATCH, RECIPES, config
 
 from sae.activations import Batch
+from sae.fitting import fit
 from sae.scores import Exam, Scores
 from sae.synthetic import PlantedConfig, PlantedFeatures
 
