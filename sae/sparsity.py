@@ -336,7 +336,9 @@ class Gated(Sparsity):
     """1[pre > 0] · ReLU(exp(r_mag) · pre + b_mag): whether a feature is active, and how much.
 
     The penalty, Σ ReLU(pre) · ‖W_dec‖, pulls at the gate alone, so that it does not shrink the
-    activations. The gate has no gradient from the reconstruction; it learns from an auxiliary one,
+    activations. The norms are constants to it: were they not, the rows would shrink, the magnitude
+    make up for that, and the penalty vanish (the paper keeps rows at norm 1). The gate has no
+    gradient from the reconstruction; it learns from an auxiliary one,
     ‖y − ReLU(pre) @ W_dec − b_dec‖², whose decoder is frozen. Rajamanoharan et al. 2024,
     arXiv:2404.16014; their magnitude starts from pre without its bias, which b_mag makes up for.
     """
@@ -370,8 +372,8 @@ class Gated(Sparsity):
         acts: Float[Tensor, "batch d_sae"],
         decoder_norms: Float[Tensor, " d_sae"],
     ) -> Float[Tensor, ""]:
-        """Mean over the batch of Σ ReLU(pre) · ‖W_dec‖; multiply by `l1`."""
-        return (pre.relu() @ decoder_norms).mean()
+        """Mean over the batch of Σ ReLU(pre) · ‖W_dec‖, norms frozen; multiply by `l1`."""
+        return (pre.relu() @ decoder_norms.detach()).mean()
 
     def auxiliary(
         self,

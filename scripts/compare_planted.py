@@ -66,7 +66,7 @@ PEERS = (
     Recipe("sae-lens", "topk", "topk", 3e-4, 1024),
     Recipe("sae-lens", "batchtopk", "batchtopk", 3e-4, 1024),
     Recipe("sae-lens", "jumprelu", "jumprelu", 3e-4, 1024, 1),
-    Recipe("sae-lens", "gated", None, 3e-4, 1024, 1),
+    Recipe("sae-lens", "gated", "gated", 3e-4, 1024, 1),
     Recipe("eai-sparsify", "topk", "topk", 5e-3 / (256 / 2**14) ** 0.5, 2048),
     Recipe("dictionary-learning", "standard", "relu_l1", 1e-3, 2048, 0.06),
     Recipe("dictionary-learning", "top_k", "topk", 2e-4 / (256 / 2**14) ** 0.5, 2048),

@@ -21,6 +21,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "sparsity.l0_warmup": 0.5,
         "sparsity.bandwidth": 1,
     },
+    "gated": {"sparsity.kind": "gated", "sparsity.l1": 5, "sparsity.l1_warmup": 0.5},
 }
 """Settings of `sae` by variant, for 256 features in 128 dimensions, 4 active."""
 
