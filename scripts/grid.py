@@ -1,0 +1,114 @@
+"""SAEs over a grid of settings, for sweep.py and study_scaling.py.
+
+The activations are read once and kept in memory; every SAE of the grid is trained on the same ones,
+in the same order (a seed changes where it starts), and measured on the same held-out ones. Rows are
+appended to a file as they are made, so that a grid that was interrupted goes on, and one that is
+complete is only drawn again.
+"""
+
+import itertools
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae import hooks, losses
+from sae.activations import ActivationStream, Batch, read
+from sae.autoencoder import SparseAutoencoder
+from sae.config import TrainConfig, resolve
+from sae.errors import ConfigError
+from sae.fitting import fit
+from sae.planning import Inputs, open_inputs, pick_device, pick_dtype
+
+Row = dict[str, Any]
+"""The settings of an SAE on the grid, with fvu, l0, dead (a share) and seconds."""
+
+HELDOUT = 30_000
+"""Held-out tokens that an SAE is measured on."""
+CHUNK = 4096
+
+
+def run_grid(
+    config: str | None, base: Mapping[str, Any], axes: Mapping[str, Sequence[Any]], file: Path
+) -> list[Row]:
+    """One row for each combination, the last axis changing fastest; `axes` includes tokens.
+
+    Raises ConfigError where the config has more than one hookpoint.
+    """
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    points = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    missing = [point for point in points if not _rows_of(rows, point)]
+    if missing:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        first = _resolve(config, base, {"tokens": max(point["tokens"] for point in missing)})
+        inputs = open_inputs(first, pick_device(first.device))
+        batches, heldout = _activations(inputs, first)
+    for point in missing:
+        row = point | _measured(_resolve(config, base, point), batches, heldout)
+        rows.append(row)
+        with file.open("a") as lines:
+            lines.write(json.dumps(row) + "\n")
+        print(
+            f"  {', '.join(f'{k} {v}' for k, v in point.items())}: FVU {row['fvu']:.4f}", flush=True
+        )
+    return [_rows_of(rows, point)[0] for point in points]
+
+
+def _rows_of(rows: Sequence[Row], point: Mapping[str, Any]) -> list[Row]:
+    return [row for row in rows if all(row.get(key) == value for key, value in point.items())]
+
+
+def _resolve(config: str | None, *settings: Mapping[str, Any]) -> TrainConfig:
+    merged = {key: str(value) for each in settings for key, value in each.items()}
+    return resolve(config, merged)
+
+
+def _activations(inputs: Inputs, config: TrainConfig) -> tuple[list[Batch], Tensor]:
+    """Batches of `config.tokens` in all, mixed as in training, and [HELDOUT d] of held-out text."""
+    points = hooks.resolve(inputs.lm.model, config.hookpoints)
+    if len(points) != 1:
+        raise ConfigError(f"hookpoints: {len(points)} came, a grid is over one")
+    optim, (point,) = config.optim, points
+    dtype = pick_dtype(config.model.dtype, inputs.device)
+    stream = ActivationStream(
+        inputs.lm.model, points, inputs.source.train(optim.llm_batch), batch=optim.batch,
+        pool=optim.pool, dtype=dtype, generator=torch.Generator().manual_seed(config.seed),
+    )  # fmt: skip
+    wanted = -(-config.tokens // optim.batch)
+    batches = [drawn[point] for drawn in itertools.islice(stream, wanted)]
+    return batches, torch.cat(list(_heldout(inputs, point, optim.llm_batch, dtype)))[:HELDOUT]
+
+
+def _heldout(
+    inputs: Inputs, point: hooks.Hookpoint, llm_batch: int, dtype: torch.dtype
+) -> Iterator[Tensor]:
+    have = 0
+    for rows in inputs.source.heldout(llm_batch):
+        acts, _ = read(inputs.lm.model, [point], rows, dtype)
+        yield acts[point].float()
+        have += len(acts[point])
+        if have >= HELDOUT:
+            return
+
+
+@torch.no_grad()
+def score(sae: SparseAutoencoder, heldout: Tensor) -> Row:
+    """FVU, L0, and the share of features that are never active."""
+    outs = [sae(chunk) for chunk in heldout.split(CHUNK)]
+    recon = torch.cat([out.recon for out in outs])
+    fired = torch.stack([(out.acts != 0).sum(0) for out in outs]).sum(0)
+    return {
+        "fvu": losses.fvu(heldout, recon).item(),
+        "l0": fired.sum().item() / len(heldout),
+        "dead": (fired == 0).double().mean().item(),
+    }
+
+
+def _measured(config: TrainConfig, batches: Sequence[Batch], heldout: Tensor) -> Row:
+    start = time.perf_counter()
+    sae = fit(batches, config)
+    return {"seconds": round(time.perf_counter() - start, 1)} | score(sae, heldout)
