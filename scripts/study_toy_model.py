@@ -1,6 +1,6 @@
 """The toy model of superposition (Elhage et al. 2022): what sparsity does to features without room.
 
-    python scripts/study_toy_model.py [--out docs/figures] [--quick]    # 20 s on one core
+    python scripts/study_toy_model.py [--out docs/figures] [--quick]    # 26 s on one core
 
 1. Two features in one dimension, over importance and sparsity: which are kept, against the line on
    which the exact losses of the two solutions meet.
