@@ -42,20 +42,26 @@ def run_grid(
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     points = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     missing = [point for point in points if not _rows_of(rows, point)]
-    if missing:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        first = _resolve(config, base, {"tokens": max(point["tokens"] for point in missing)})
-        inputs = open_inputs(first, pick_device(first.device))
-        batches, heldout = _activations(inputs, first)
-    for point in missing:
-        row = point | _measured(_resolve(config, base, point), batches, heldout)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for row in _train_missing(config, base, missing):
         rows.append(row)
         with file.open("a") as lines:
             lines.write(json.dumps(row) + "\n")
-        print(
-            f"  {', '.join(f'{k} {v}' for k, v in point.items())}: FVU {row['fvu']:.4f}", flush=True
-        )
+        settings = ", ".join(f"{key} {row[key]}" for key in axes)
+        print(f"  {settings}: FVU {row['fvu']:.4f}", flush=True)
     return [_rows_of(rows, point)[0] for point in points]
+
+
+def _train_missing(
+    config: str | None, base: Mapping[str, Any], missing: Sequence[Row]
+) -> Iterator[Row]:
+    if not missing:
+        return
+    first = _resolve(config, base, {"tokens": max(point["tokens"] for point in missing)})
+    inputs = open_inputs(first, pick_device(first.device))
+    batches, heldout = _activations(inputs, first)
+    for point in missing:
+        yield point | _measured(_resolve(config, base, point), batches, heldout)
 
 
 def _rows_of(rows: Sequence[Row], point: Mapping[str, Any]) -> list[Row]:
