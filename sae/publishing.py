@@ -32,7 +32,7 @@ acts = sae.encode(x)                        # x: [tokens {d_in}], read at {hookp
 
 {provenance}
 
-Made with sae-toolkit; `sae.safetensors` and `cfg.yaml` are all that is needed, no pickles.
+Made with sae-toolkit; `sae.safetensors` and `cfg.yaml` are all that is needed, no code.
 """
 _SAELENS = """
 In [SAELens](https://github.com/decoderesearch/SAELens):
