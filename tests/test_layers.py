@@ -18,7 +18,7 @@ ROWS = (
     "hub untrusted memory",
     "config builtin",
     "store text hooks documents sparsity kernels language_model mirror geometry",
-    "fingerprint data progress records checkpoint steps",
+    "fingerprint data progress records checkpoint steps concepts",
     "autoencoder",
     "activations losses revival",
     "formats evaluation planning synthetic",
