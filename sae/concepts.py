@@ -18,11 +18,12 @@ from torch import Tensor
 
 from sae.builtin import facts
 from sae.builtin.document import Document
-from sae.builtin.facts import LATENTS, Sentence
+from sae.builtin.facts import LATENTS, PARTS, Sentence
 
 VARIABLES = LATENTS[:4]
 """relation, subject, answer, template: what holds to the end of a sentence (its parts do not)."""
 RELATION, SUBJECT, ANSWER, TEMPLATE = range(len(VARIABLES))
+ANSWER_PART = LATENTS.index("part"), PARTS.index("answer")
 
 ISOLATED = 0.9
 """F1 from which a unit isolates a concept."""
@@ -58,10 +59,8 @@ class Labelled:
     """Tokens of sentences that the row holds whole."""
     values: Int[Tensor, "rows seq variables"]
     """Of each of VARIABLES the value that is on, −1 where none is yet."""
-
-    def on(self) -> Int[Tensor, "n variables"]:
-        """`values` of the kept tokens, in reading order."""
-        return self.values[self.kept]
+    asking: Bool[Tensor, "rows seq"]
+    """The kept tokens right before an answer: there the model has to have all of them at hand."""
 
 
 def concepts(at_least: int = ENOUGH) -> tuple[Concept, ...]:
@@ -142,6 +141,7 @@ def read(
     tokens = torch.full(shape, tokenizer.bos_token_id)
     kept = torch.zeros(shape, dtype=torch.bool)
     labels = torch.full((*shape, len(VARIABLES)), -1)
+    asking = torch.zeros(shape, dtype=torch.bool)
     for row, document in enumerate(chosen):
         encoded = tokenizer(
             document.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
@@ -150,7 +150,10 @@ def read(
         tokens[row, 1 : n + 1] = torch.tensor(encoded["input_ids"][:n])
         last = torch.tensor([end - 1 for _, end in encoded["offset_mapping"]])
         _label(document, last, kept[row, 1:], labels[row, 1:])
-    return Labelled(tokens, kept, labels)
+        starts = [s.start for s in document.spans if (s.latent, s.value) == ANSWER_PART]
+        before = torch.searchsorted(last, torch.tensor(starts))
+        asking[row, before[before < context]] = True
+    return Labelled(tokens, kept, labels, asking & kept)
 
 
 def _label(

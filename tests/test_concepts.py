@@ -84,8 +84,17 @@ def test_labels_of_a_sentence(bpe: Any, labelled: concepts.Labelled) -> None:
 def test_every_token_of_a_whole_sentence_is_kept(labelled: concepts.Labelled) -> None:
     assert not labelled.kept[:, 0].any()
     assert labelled.kept.float().mean() > 0.8
-    assert len(labelled.on()) == labelled.kept.sum()
     assert (labelled.values[~labelled.kept] == -1).all()
+
+
+def test_the_model_is_asked_right_before_each_answer(bpe: Any, labelled: concepts.Labelled) -> None:
+    table, asked = facts.load(), labelled.asking.nonzero().tolist()
+    assert len(asked) > 80
+    for row, position in asked:
+        answer = table.answers[int(labelled.values[row, position, ANSWER])]
+        text = bpe.decode(labelled.tokens[row, position + 1 :])
+        assert text.startswith(f" {answer}")
+        assert (labelled.values[row, position] >= 0).all()
 
 
 def test_a_short_context_cuts_sentences_out_whole(bpe: Any, labelled: concepts.Labelled) -> None:
