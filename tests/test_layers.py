@@ -22,7 +22,7 @@ ROWS = (
     "autoencoder",
     "activations losses revival",
     "formats evaluation planning synthetic",
-    "learner resuming features terminal scores superposition isolation",
+    "learner resuming features terminal scores superposition isolation intervention",
     "training fitting importing publishing",
     "runs verification",
     "cli",
