@@ -31,6 +31,7 @@ from sae.autoencoder import SparseAutoencoder
 from sae.data import TokenBatch
 from sae.errors import DataError, ModelError
 from sae.formats.card import write_card
+from sae.geometry import effective_number
 from sae.hooks import Hookpoint
 from sae.memory import MicroBatch
 from sae.records import EXAMPLES_SCHEMA, FEATURES_SCHEMA, INTERVALS
@@ -482,8 +483,7 @@ class _Effects:
             return {}
         weights = self.W_dec[part].float()
         order = weights.abs().topk(min(self.settings.listed, weights.shape[1]), dim=1).indices
-        squares = weights.double().square()
-        effective = squares.sum(1).square() / squares.square().sum(1)
+        effective = effective_number(weights)
         neurons = zip(order.tolist(), weights.gather(1, order).tolist(), strict=True)
         return {
             "neurons": [_pairs("neuron", ids, values) for ids, values in neurons],

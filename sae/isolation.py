@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae.concepts import ISOLATED, VARIABLES, Concept
+from sae.geometry import effective_number
 
 SHARES = np.geomspace(2e-4, 0.6, 64)
 """Shares of the tokens on which a unit may be on: the thresholds tried, in equal ratios."""
@@ -164,8 +165,7 @@ def participation(
     with_it, total = truth.T @ acts, acts.sum(0)
     apart = with_it / n_on - (total - with_it) / (len(acts) - n_on)
     deviation = acts.std(0)
-    w = torch.where(deviation > 0, apart / deviation, 0).square()
-    return w.sum(1).square() / w.square().sum(1)
+    return effective_number(torch.where(deviation > 0, apart / deviation, 0))
 
 
 def bootstrap(values: Float[Tensor, " n"], seed: int = 0) -> Interval:
