@@ -174,22 +174,27 @@ class SparsityConfig(Settings):
         return 0, 0.0
 
 
-class ReluL1Config(SparsityConfig):
-    """ReLU features under an L1 penalty weighted by decoder norms."""
+class L1Config(SparsityConfig):
+    """An L1 penalty."""
 
-    kind: Literal["relu_l1"] = "relu_l1"
-    """ReLU features under an L1 penalty."""
     l1: NotNegative = 5.0
     """Weight of the L1 penalty on activations of mean norm √d_in, 1 to 10; higher is sparser."""
     l1_warmup: Share = 0.05
     """Share of the tokens over which the L1 penalty rises from 0, 0 to 0.2."""
-    refit: Fraction = 0.1
-    """Share of the tokens, at the end, that train the decoder alone and without penalty, which
-    undoes the shrinkage the penalty causes, 0 to 0.2."""
 
     def at(self, done: float) -> Moment:
         """The coefficient, which rises from 0 over `l1_warmup`."""
         return Moment(coef=self.l1 * warmed_up(done, self.l1_warmup))
+
+
+class ReluL1Config(L1Config):
+    """ReLU features under an L1 penalty weighted by decoder norms."""
+
+    kind: Literal["relu_l1"] = "relu_l1"
+    """ReLU features under an L1 penalty."""
+    refit: Fraction = 0.1
+    """Share of the tokens, at the end, that train the decoder alone and without penalty, which
+    undoes the shrinkage the penalty causes, 0 to 0.2."""
 
 
 class KLargestConfig(SparsityConfig):
@@ -255,19 +260,11 @@ class JumpReluConfig(SparsityConfig):
         return Moment(coef=self.l0_coef * warmed_up(done, self.l0_warmup))
 
 
-class GatedConfig(SparsityConfig):
+class GatedConfig(L1Config):
     """Features with a gate apart from their magnitude, under an L1 penalty on the gate."""
 
     kind: Literal["gated"] = "gated"
     """Features with a gate, under an L1 penalty on the gate alone."""
-    l1: NotNegative = 5.0
-    """Weight of the L1 penalty on activations of mean norm √d_in, 1 to 10; higher is sparser."""
-    l1_warmup: Share = 0.05
-    """Share of the tokens over which the L1 penalty rises from 0, 0 to 0.2."""
-
-    def at(self, done: float) -> Moment:
-        """The coefficient, which rises from 0 over `l1_warmup`."""
-        return Moment(coef=self.l1 * warmed_up(done, self.l1_warmup))
 
 
 class SAEConfig(Settings):
