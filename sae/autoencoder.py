@@ -29,7 +29,7 @@ WIDEST = 1 << 28
 _SPARSITY = "sparsity."
 """How the names of the sparsity's tensors begin in the state of a module, but not on the disk."""
 _KEYS = ("format", "d_in", "d_sae", "d_out", "subtract_b_dec", "sparsity", "dtype", "metadata")
-_DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16)}
+DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16)}
 
 
 _CARD = """---
@@ -182,9 +182,7 @@ class SparseAutoencoder(nn.Module):
         is not a positive number.
         """
         scale_out = scale if scale_out is None else scale_out
-        for each in (scale, scale_out):
-            if not 0 < each < float("inf"):
-                raise ValueError(f"expected a positive scale, got {each}")
+        _check_positive(scale, scale_out)
         copy = self._like(device="meta")
         tensors = {
             "W_enc": self.W_enc * scale,
@@ -198,10 +196,9 @@ class SparseAutoencoder(nn.Module):
 
     def unfolded(self, scale: float, scale_out: float | None = None) -> "SparseAutoencoder":
         """The inverse of `folded` with these scales, up to rounding."""
-        for each in (scale, scale_out):
-            if each is not None and not 0 < each < float("inf"):
-                raise ValueError(f"expected a positive scale, got {each}")
-        return self.folded(1 / scale, None if scale_out is None else 1 / scale_out)
+        scale_out = scale if scale_out is None else scale_out
+        _check_positive(scale, scale_out)
+        return self.folded(1 / scale, 1 / scale_out)
 
     def _like(self, device: str) -> "SparseAutoencoder":
         sparsity = make_sparsity(self.sparsity.kind, **self.sparsity.config())
@@ -214,6 +211,15 @@ class SparseAutoencoder(nn.Module):
             device=device,
             dtype=self.dtype,
         )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All it has learnt, by the names that files give them: the sparsity's beside the rest."""
+        return {name.removeprefix(_SPARSITY): t for name, t in self.state_dict().items()}
+
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Hold these in place of its own `tensors()`, which have the same names and shapes."""
+        names = {name.removeprefix(_SPARSITY): name for name in self.state_dict()}
+        self.load_state_dict({names[n]: t for n, t in tensors.items()}, assign=True)
 
     def config(self) -> dict[str, Any]:
         """What cfg.yaml holds, without the metadata."""
@@ -244,10 +250,7 @@ class SparseAutoencoder(nn.Module):
         """
         folder = Path(folder)
         text = dump_yaml(self.config() | {"metadata": dict(metadata or {})})
-        tensors = {
-            name.removeprefix(_SPARSITY): t.detach().cpu().contiguous()
-            for name, t in self.state_dict().items()
-        }
+        tensors = {name: t.cpu().contiguous() for name, t in self.tensors().items()}
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / CONFIG, text)
         write_atomic(folder / WEIGHTS, to_safetensors(tensors))
@@ -293,7 +296,7 @@ class SparseAutoencoder(nn.Module):
         folder = locate(path, sae, revision=revision, subfolder=subfolder)
         check_files(folder, CONFIG, WEIGHTS, FINGERPRINT)
         config = read_config(folder)
-        stored = _DTYPES[config["dtype"]]
+        stored = DTYPES[config["dtype"]]
         model = cls(
             config["d_in"],
             config["d_sae"],
@@ -303,7 +306,7 @@ class SparseAutoencoder(nn.Module):
             device="meta",
             dtype=stored,
         )
-        model.load_state_dict(_read_tensors(folder / WEIGHTS, model), assign=True)
+        model.take(_read_tensors(folder / WEIGHTS, model))
         fingerprint.check(folder, model, (config.get("metadata") or {}).get("scale"))
         return model.to(device=device, dtype=dtype or stored)
 
@@ -373,8 +376,8 @@ def _check_config(config: dict[str, Any]) -> None:
             raise ConfigError(f"{key} {shown}: expected a whole number from 1 to {WIDEST:,}")
     if type(config["subtract_b_dec"]) is not bool:
         raise ConfigError(f"subtract_b_dec {config['subtract_b_dec']!r}: expected true or false")
-    if not isinstance(config["dtype"], str) or config["dtype"] not in _DTYPES:
-        raise ConfigError(f"dtype {config['dtype']!r}: expected one of {', '.join(_DTYPES)}")
+    if not isinstance(config["dtype"], str) or config["dtype"] not in DTYPES:
+        raise ConfigError(f"dtype {config['dtype']!r}: expected one of {', '.join(DTYPES)}")
     if not isinstance(config.get("metadata"), dict | None):
         raise ConfigError(f"metadata {config['metadata']!r}: expected names and values")
     _check_sparsity(config)
@@ -395,12 +398,11 @@ def _check_sparsity(config: dict[str, Any]) -> None:
 
 
 def _read_tensors(file: Path, model: SparseAutoencoder) -> dict[str, Tensor]:
-    """The state of `model` from `file`: by name, shape and type what it has, or FormatError."""
+    """The tensors of `file`, exactly those of `model` by name, shape and type, or FormatError."""
     if not file.is_file():
         raise FormatError(f"{file.parent}: {WEIGHTS} is missing; copy it along with {CONFIG}")
     tensors = fingerprint.load(file)
-    full = {name.removeprefix(_SPARSITY): name for name in model.state_dict()}
-    expected = {name: model.state_dict()[full[name]] for name in full}
+    expected = model.tensors()
     wrong = [f"missing {name}" for name in expected if name not in tensors]
     wrong += [
         f"unknown {name}{suggest(name, expected)}" for name in tensors if name not in expected
@@ -414,7 +416,13 @@ def _read_tensors(file: Path, model: SparseAutoencoder) -> dict[str, Tensor]:
             f"{file} does not fit its {CONFIG}: {', '.join(sorted(wrong))}.\n"
             "Take both files from one save"
         )
-    return {full[name]: tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def _check_positive(*scales: float) -> None:
+    for scale in scales:
+        if not 0 < scale < float("inf"):
+            raise ValueError(f"expected a positive scale, got {scale}")
 
 
 def _describe(tensor: Tensor) -> str:

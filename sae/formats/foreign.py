@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sae import config
-from sae.autoencoder import SparseAutoencoder, read_config
+from sae.autoencoder import DTYPES, SparseAutoencoder, read_config
 from sae.errors import ConfigError, FormatError, SAEError
 from sae.formats.tables import provenance
 from sae.hooks import Hookpoint
@@ -32,9 +32,6 @@ from sae.store import (
 from sae.untrusted import read_json
 
 PROVENANCE = "provenance.json"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-_SPARSITY = "sparsity."
 
 Notes = list[str]
 
@@ -65,11 +62,7 @@ class Foreign:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Its weights by our names, on the CPU."""
-        state = self.sae.state_dict()
-        return {
-            name.removeprefix(_SPARSITY): tensor.detach().cpu().contiguous()
-            for name, tensor in state.items()
-        }
+        return {name: t.cpu().contiguous() for name, t in self.sae.tensors().items()}
 
     def says(self, name: str) -> str:
         """A fact as text, "" where it is not known."""
@@ -265,6 +258,16 @@ class Settings:
         )
 
 
+def beside(settings: Path, name: str) -> Path:
+    """The file of weights beside one of settings; FormatError where it is missing."""
+    file = settings.with_name(name)
+    if not file.is_file():
+        raise FormatError(
+            f"{settings.parent}: {name} is missing; copy it along with {settings.name}"
+        )
+    return file
+
+
 def check_names(file: Path, found: Iterable[str], wanted: Iterable[str]) -> None:
     """Raise FormatError where tensors are missing or there are others."""
     missing, unknown = set(wanted) - set(found), set(found) - set(wanted)
@@ -305,16 +308,16 @@ def assemble(
         )
     except SAEError as error:
         raise FormatError(f"{file}: {error}") from None
-    state = {name.removeprefix(_SPARSITY): name for name in sae.state_dict()}
-    check_names(file, tensors, state)
+    wanted = sae.tensors()
+    check_names(file, tensors, wanted)
     typed = {}
-    for name, full in state.items():
-        found, expected = tensors[name], sae.state_dict()[full]
+    for name, expected in wanted.items():
+        found = tensors[name]
         if found.shape != expected.shape:
             shapes = f"{list(found.shape)}, expected {list(expected.shape)}"
             raise FormatError(f"{file}: {name} is {shapes}")
-        typed[full] = found.to(expected.dtype).contiguous()
-    sae.load_state_dict(typed, assign=True)
+        typed[name] = found.to(expected.dtype).contiguous()
+    sae.take(typed)
     return sae
 
 

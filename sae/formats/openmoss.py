@@ -83,9 +83,8 @@ def _place(own: Foreign) -> tuple[dict[str, Any], Notes]:
 
 def read(source: Path) -> list[Foreign]:
     """The autoencoder of a folder; FormatError for what we cannot hold, by name."""
-    config, weights = Settings.read(source / CONFIG), source / WEIGHTS
-    if not weights.is_file():
-        raise FormatError(f"{source}: {WEIGHTS} is missing; copy it along with {CONFIG}")
+    config = Settings.read(source / CONFIG)
+    weights = foreign.beside(source / CONFIG, WEIGHTS)
     known = foreign.known_facts(source, weights)
     _refuse_others(config)
     kind = _KINDS[config.text("act_fn") or ""]

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from sae import fingerprint
+from sae.autoencoder import DTYPES
 from sae.errors import FormatError
 from sae.formats import foreign, hookpoints
 from sae.formats.foreign import Foreign, Notes, Settings
@@ -80,9 +81,7 @@ def _metadata(own: Foreign) -> tuple[dict[str, Any], Notes]:
 def read(source: Path) -> list[Foreign]:
     """The autoencoder of a folder; FormatError for what we cannot hold, by name."""
     cfg = Settings.read(source / CFG)
-    weights = source / WEIGHTS
-    if not weights.is_file():
-        raise FormatError(f"{source}: {WEIGHTS} is missing; copy it along with {CFG}")
+    weights = foreign.beside(source / CFG, WEIGHTS)
     known = foreign.known_facts(source, weights)
     _refuse_reshaped(cfg)
     kind = _kind(cfg)
@@ -141,9 +140,9 @@ def _refuse_reshaped(cfg: Settings) -> None:
 
 def _dtype(cfg: Settings) -> Any:
     name = (cfg.text("dtype") or "").removeprefix("torch.")
-    if name not in foreign.DTYPES:
-        raise cfg.wrong("dtype", ", ".join(foreign.DTYPES))
-    return foreign.DTYPES[name]
+    if name not in DTYPES:
+        raise cfg.wrong("dtype", ", ".join(DTYPES))
+    return DTYPES[name]
 
 
 def _folded(cfg: Settings, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Notes]:
