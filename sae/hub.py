@@ -63,9 +63,9 @@ def fetch(
         with cache_only_if_silent(name):
             folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the Hub, the cache, the disk: each has errors of its own
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise RunError(
-            f"{name}: no such folder, and as a repository of the Hub it cannot be read:\n  {first}"
+            f"{name}: no such folder, and as a repository of the Hub it cannot be read:\n"
+            f"  {_first_line(error)}"
         ) from None
     found = folder / inside
     if not found.is_dir():
@@ -89,9 +89,12 @@ def upload(
             repo_id=made.repo_id, folder_path=folder, repo_type=repo_type, commit_message=message
         )
     except Exception as error:  # of the client, by its version, or of the network below it
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise RunError(
-            f"{name}: the Hub did not take it: {first}\n"
+            f"{name}: the Hub did not take it: {_first_line(error)}\n"
             "  log in with `hf auth login`, and use a name of yours, such as USER/NAME"
         ) from None
     return str(made)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
