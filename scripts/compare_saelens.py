@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from kept import Kept
 from saelens_worker import batches
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -48,7 +49,6 @@ from sae.learner import Learner
 from sae.memory import keep_freed_memory
 from sae.planning import Plan, plan
 from sae.sparsity import make_sparsity
-from sae.store import write_atomic
 
 SIDES = ("ours", "SAELens")
 BLOCK = 4096
@@ -222,34 +222,12 @@ def scored(bed: Bed, training: Training) -> dict[str, Any]:
     return training._asdict() | info | scores
 
 
-class Results:
-    """The trainings done, in a JSON file that outlives the process."""
-
-    def __init__(self, path: Path, about: dict[str, Any]):
-        self.path = path
-        empty = {"about": about, "trainings": {}}
-        self.data = json.loads(path.read_text()) if path.exists() else empty
-        if self.data["about"] != about:
-            sys.exit(f"{path} holds other settings, {self.data['about']}; give another --out")
-
-    def of(self, bed: Bed, training: Training) -> dict[str, Any]:
-        """The entry of a training, which is done if it is not there."""
-        done = self.data["trainings"]
-        if training.key not in done:
-            done[training.key] = row = scored(bed, training)
-            write_atomic(self.path, json.dumps(self.data, indent=1))
-            numbers = {k: row[k] for k in ("l0", "fvu", "ce", "dead", "loss", "seconds")}
-            shown = ", ".join(f"{k} {text(v)}" for k, v in numbers.items())
-            print(f"{training.key}: {shown}", flush=True)
-        return done[training.key]
+def entry(results: Kept, bed: Bed, training: Training) -> dict[str, Any]:
+    """The entry of a training, which is done if it is not there."""
+    return results.of(training.key, lambda: scored(bed, training))
 
 
-def text(value: float | None) -> str:
-    """Four digits that count; a dash where there is no number."""
-    return "–" if value is None else f"{value:.4g}"
-
-
-def trained(args: argparse.Namespace, results: Results) -> list[dict[str, Any]]:
+def trained(args: argparse.Namespace, results: Kept) -> list[dict[str, Any]]:
     """All trainings at the chosen rates."""
     rates: dict[str, float] = {}
     rows = []
@@ -258,7 +236,7 @@ def trained(args: argparse.Namespace, results: Results) -> list[dict[str, Any]]:
         try:
             rates = rates or {side: best_rate(args, results, bed, side) for side in SIDES}
             rows += [
-                results.of(bed, Training(side, l1, rates[side], seed))
+                entry(results, bed, Training(side, l1, rates[side], seed))
                 for side in SIDES
                 for l1 in coefficients(args, side)
             ]
@@ -272,7 +250,7 @@ def coefficients(args: argparse.Namespace, side: str) -> list[float]:
     return sorted(args.l1 if side == "ours" else args.l1_saelens or args.l1)
 
 
-def best_rate(args: argparse.Namespace, results: Results, bed: Bed, side: str) -> float:
+def best_rate(args: argparse.Namespace, results: Kept, bed: Bed, side: str) -> float:
     """The learning rate of lowest held-out loss at the middle coefficient."""
     base, factors = (
         (args.lr_ours, args.factors_ours)
@@ -281,7 +259,7 @@ def best_rate(args: argparse.Namespace, results: Results, bed: Bed, side: str) -
     )
     l1 = coefficients(args, side)
     tried = [Training(side, l1[(len(l1) - 1) // 2], base * factor, bed.seed) for factor in factors]
-    losses = [results.of(bed, training)["loss"] for training in tried]
+    losses = [entry(results, bed, training)["loss"] for training in tried]
     best = min(range(len(tried)), key=lambda i: math.inf if losses[i] is None else losses[i])
     print(f"{side}: lr {tried[best].lr:g}, {factors[best]:g} × {base:g}", flush=True)
     return tried[best].lr
@@ -426,7 +404,7 @@ def main() -> None:
     keep_freed_memory()
     kept = ("model", "hookpoint", "expansion", "tokens", "batch_saelens", "eval_tokens")
     try:
-        rows = trained(args, Results(args.out, {name: getattr(args, name) for name in kept}))
+        rows = trained(args, Kept(args.out, {name: getattr(args, name) for name in kept}))
     except SAEError as error:
         sys.exit(f"error: {error}")
     print_trainings(rows)
