@@ -129,6 +129,8 @@ def _config(
     }
     if isinstance(first.facts.get("context"), int):
         chosen["data.context"] = str(first.facts["context"])
+    if first.facts.get("prefixes"):
+        chosen["sae.prefixes"] = first.facts["prefixes"]
     if first.facts.get("data_fingerprint"):  # only ours: others name what may not open here
         chosen["data.source"] = first.says("data")
     known = {flag.name for flag in settings.flags()}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_exchange import lens, make, relu
+from test_exchange import PREFIXES, exported, lens, make, relu
 from tiny import CONTEXT, overrides, save
 
 from sae import cli, formats
@@ -103,6 +103,13 @@ def test_mistakes(trained: Path, tmp_path: Path) -> None:
             overrides={"output": str(tmp_path / "new"), "hookpoints": ["layers.1.mlp_act"] * 2},
         )
     assert json.loads((trained / "lens" / "cfg.json").read_text())["k"] == 4
+
+
+def test_a_matryoshka_keeps_its_prefixes(tmp_path: Path) -> None:
+    exported("saelens", "matryoshka", tmp_path)
+    import_run(tmp_path / "out", overrides={"output": str(tmp_path / "again")})
+    config = load(tmp_path / "again" / "config.yaml")
+    assert config.sae.prefixes == tuple(PREFIXES) and config.sae.sparsity.kind == "batchtopk"
 
 
 def test_a_topk_of_our_own_folder(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """dictionary_learning (0.1): ae.pt and config.json, for `utils.load_dictionary(DIR, device)`.
 
-Its class decides whether b_dec is subtracted. Loading an AutoEncoder there scales decoder columns
-to norm 1 and the encoder to match, which changes activations but no reconstruction.
+Its class decides whether b_dec is subtracted, and whether there are prefixes. Loading an
+AutoEncoder there scales decoder columns to norm 1 and the encoder to match, which changes
+activations but no reconstruction.
 """
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,15 +14,27 @@ import torch
 from torch import Tensor
 
 from sae.errors import FormatError
-from sae.formats import foreign, hookpoints, torch_file
+from sae.formats import conventions, foreign, hookpoints, torch_file
 from sae.formats.foreign import Foreign, Notes, Settings
 from sae.formats.hookpoints import Match
-from sae.sparsity import Sparsity, make_sparsity
+from sae.sparsity import Sparsity
 from sae.store import write_json
 
 WEIGHTS, CONFIG = "ae.pt", "config.json"
 _LINEAR = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "decoder.weight": "W_dec"}
+_WEIGHTS = {"W_enc": "W_enc", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
+_GATED = {
+    "encoder.weight": "W_enc",
+    "gate_bias": "b_enc",
+    "decoder.weight": "W_dec",
+    "decoder_bias": "b_dec",
+    "r_mag": "r_mag",
+    "mag_bias": "b_mag",
+}
 _TRANSPOSED = ("encoder.weight", "decoder.weight")
+
+
+_GROUPS = "group_sizes"
 
 
 class _Class(NamedTuple):
@@ -39,6 +53,10 @@ CLASSES = {
     "AutoEncoder": _Class("relu_l1", True, {**_LINEAR, "bias": "b_dec"}),
     "AutoEncoderNew": _Class("relu_l1", False, {**_LINEAR, "decoder.bias": "b_dec"}),
     "AutoEncoderTopK": _Class("topk", True, {**_LINEAR, "b_dec": "b_dec"}, ("k", "threshold")),
+    "BatchTopKSAE": _Class("batchtopk", True, {**_LINEAR, "b_dec": "b_dec"}, ("k", "threshold")),
+    "MatryoshkaBatchTopKSAE": _Class("batchtopk", True, _WEIGHTS, ("k", "threshold", _GROUPS)),
+    "JumpReluAutoEncoder": _Class("jumprelu", False, {**_WEIGHTS, "threshold": "threshold"}),
+    "GatedAutoEncoder": _Class("gated", True, _GATED),
 }
 
 
@@ -61,6 +79,7 @@ def _fill(folder: Path, own: Foreign) -> Notes:
     foreign.check_square("dictionary_learning", own, "use --format saelens")
     name, cls = _class_for(own)
     ours, notes = foreign.with_subtraction("dictionary_learning", own, cls.subtracts)
+    ours, changed = conventions.outward(own.kind, ours)
     state = {theirs: ours[name] for theirs, name in cls.names.items()}
     for transposed in _TRANSPOSED:
         if transposed in state:
@@ -68,23 +87,33 @@ def _fill(folder: Path, own: Foreign) -> Notes:
     torch_file.write(folder / WEIGHTS, state | _said(cls, own))
     config, unnamed = _config(name, own)
     write_json(folder / CONFIG, config)
-    return notes + unnamed
+    return notes + changed + unnamed
 
 
 def _class_for(own: Foreign) -> tuple[str, _Class]:
-    """The class of its kind, that which subtracts b_dec as it does if there are two."""
-    found = [(name, cls) for name, cls in CLASSES.items() if cls.kind == own.kind]
+    """The class of its kind and its prefixes, that which subtracts b_dec as it does if it can."""
+    grouped = own.kind == "batchtopk" and foreign.widths(own) is not None
+    found = [
+        (name, cls)
+        for name, cls in CLASSES.items()
+        if cls.kind == own.kind and (_GROUPS in cls.said) == grouped
+    ]
     fitting = [(n, cls) for n, cls in found if cls.subtracts == own.sae.subtract_b_dec]
     return (fitting or found)[0]
 
 
 def _said(cls: _Class, own: Foreign) -> dict[str, Tensor]:
-    """k, and the threshold where our kind has none (−1: not set)."""
+    """k, the threshold (−1 where our kind has none), and the number of features of each part."""
     said = {}
     if "k" in cls.said:
         said["k"] = torch.tensor(own.sae.sparsity.config()["k"], dtype=torch.int32)
-    if "threshold" in cls.said:
+        theta = own.tensors.get("threshold")
         said["threshold"] = torch.tensor(-1.0)
+        if theta is not None:
+            said["threshold"] = conventions.just_below(theta.float())
+    if _GROUPS in cls.said:
+        steps = itertools.pairwise((0, *(foreign.widths(own) or ())))
+        said[_GROUPS] = torch.tensor([b - a for a, b in steps])
     return said
 
 
@@ -131,27 +160,45 @@ def read(source: Path, *, trusted: bool = False) -> list[Foreign]:
     tensors, _ = torch_file.read(weights, trusted=trusted)
     foreign.check_names(weights, tensors, [*cls.names, *cls.said])
     known = foreign.known_facts(source, weights)
-    ours = {name: _ours(theirs, tensors[theirs]) for theirs, name in cls.names.items()}
-    sae = foreign.assemble(
-        weights, ours, _sparsity(cls, tensors, trainer, known), subtract_b_dec=cls.subtracts
-    )
-    facts, notes = _facts(config)
-    notes += _scaled(name, sae.decoder_norms)
-    return [Foreign(sae, facts | foreign.own_facts(known), tuple([] if known else notes))]
+    theirs = {name: _ours(theirs, tensors[theirs]) for theirs, name in cls.names.items()}
+    sparsity, ours, notes = _inward(cls, theirs, tensors, known, weights)
+    sae = foreign.assemble(weights, ours, sparsity, subtract_b_dec=cls.subtracts)
+    facts, doubts = _facts(config)
+    if _GROUPS in cls.said:
+        sizes = tensors[_GROUPS].flatten().cumsum(0).tolist()
+        facts |= foreign.prefixes(weights, sizes, sae.d_sae)
+    doubts += _scaled(name, sae.decoder_norms)
+    return [Foreign(sae, facts | foreign.own_facts(known), (*notes, *([] if known else doubts)))]
 
 
 def _ours(name: str, tensor: Tensor) -> Tensor:
     return tensor.T if name in _TRANSPOSED and tensor.ndim == 2 else tensor
 
 
-def _sparsity(
-    cls: _Class, tensors: dict[str, Tensor], trainer: Settings, known: dict[str, Any]
-) -> Sparsity:
-    if "k" in cls.said:
-        if tensors["k"].numel() != 1 or int(tensors["k"]) < 1:
-            raise FormatError(f"{trainer.file.parent / WEIGHTS}: k is no number of at least 1")
-        return make_sparsity(cls.kind, k=int(tensors["k"]))
-    return make_sparsity("relu_l1", l1=foreign.trained_setting(known, "relu_l1", "l1", 0.0))
+def _inward(
+    cls: _Class,
+    theirs: dict[str, Tensor],
+    tensors: dict[str, Tensor],
+    known: dict[str, Any],
+    weights: Path,
+) -> tuple[Sparsity, dict[str, Tensor], Notes]:
+    """The sparsity, and the tensors in our conventions."""
+    dtype = foreign.check_vectors(weights, theirs, set(theirs) - {"W_enc", "W_dec", "b_dec"})
+    if cls.kind == "gated":
+        return foreign.trained("gated", known), *conventions.gate(theirs)
+    if cls.kind == "jumprelu":
+        theta = theirs.pop("threshold").to(dtype)
+        sparsity, own, notes = conventions.jump(theta, None, known, weights)
+        return sparsity, theirs | own, notes
+    if "k" not in cls.said:
+        return foreign.trained(cls.kind, known), theirs, []
+    if any(tensors[name].numel() != 1 for name in ("k", "threshold")) or int(tensors["k"]) < 1:
+        raise FormatError(f"{weights}: k and threshold are no numbers, k of at least 1")
+    sparsity = foreign.trained(cls.kind, known, k=int(tensors["k"]))
+    if cls.kind == "batchtopk":
+        theta = tensors["threshold"].float().reshape(())
+        theirs |= {"threshold": conventions.just_above(theta).to(dtype)}
+    return sparsity, theirs, []
 
 
 def _scaled(name: str, norms: Tensor) -> Notes:

@@ -19,7 +19,7 @@ from sae.errors import ConfigError, FormatError, SAEError
 from sae.formats.tables import provenance
 from sae.hooks import Hookpoint
 from sae.records import check_features
-from sae.sparsity import Sparsity, make_sparsity
+from sae.sparsity import Sparsity, make_sparsity, settings_of
 from sae.store import (
     MANIFEST,
     WEIGHTS,
@@ -32,6 +32,10 @@ from sae.store import (
 from sae.untrusted import read_json
 
 PROVENANCE = "provenance.json"
+_OWN = (
+    *("hookpoint", "model", "revision", "data", "data_fingerprint", "context", "tokens"),
+    "prefixes",
+)
 
 Notes = list[str]
 
@@ -103,17 +107,34 @@ def opened(sae_folder: Path, features: list[int] | None = None) -> Foreign:
     metadata = read_config(sae_folder).get("metadata") or {}
     manifest = read_manifest(sae_folder) if (sae_folder / MANIFEST).is_file() else {}
     facts = {**metadata, **provenance(manifest, features)}
-    facts |= _settings(sae_folder) | {"sae_sha256": sha256(sae_folder / WEIGHTS)}
-    return Foreign(sae, facts)
+    facts |= settings_of_run(sae_folder, features)
+    return Foreign(sae, facts | {"sae_sha256": sha256(sae_folder / WEIGHTS)})
 
 
-def _settings(sae_folder: Path) -> dict[str, Any]:
-    """What only the settings of its run tell."""
+def settings_of_run(sae_folder: Path, features: list[int] | None = None) -> dict[str, Any]:
+    """What only the settings of its run tell; some features alone are no prefixes of anything."""
     try:
-        data = config.load(sae_folder.parents[1] / "config.yaml").data
+        known = config.load(sae_folder.parents[1] / "config.yaml")
     except (ConfigError, IndexError):
         return {}
-    return {"context": data.context}
+    plain = known.sae.prefixes == (1.0,) or features is not None
+    return {"context": known.data.context} | (
+        {} if plain else {"prefixes": list(known.sae.prefixes)}
+    )
+
+
+def widths(own: Foreign) -> tuple[int, ...] | None:
+    """The numbers of features that learn to rebuild the input by themselves, None where plain."""
+    shares = own.facts.get("prefixes")
+    return config.SAEConfig(prefixes=shares).prefix_sizes(own.sae.d_sae) if shares else None
+
+
+def prefixes(file: Path, sizes: list[Any], d_sae: int) -> dict[str, Any]:
+    """The fact that tells such numbers, {} where there is just one; FormatError if impossible."""
+    rising = all(type(size) is int and size > 0 for size in sizes) and sizes == sorted(set(sizes))
+    if not rising or sizes[-1:] != [d_sae]:
+        raise FormatError(f"{file}: prefixes of {str(sizes)[:60]} features: do not rise to {d_sae}")
+    return {"prefixes": [size / d_sae for size in sizes]} if len(sizes) > 1 else {}
 
 
 @torch.no_grad()
@@ -128,7 +149,10 @@ def selected(sae: SparseAutoencoder, features: list[int]) -> SparseAutoencoder:
             f"--feature: in a {sae.sparsity.kind} autoencoder features compete, so some of them "
             "alone would fire differently; export all, or use --format parquet"
         )
-    sparsity = make_sparsity(sae.sparsity.kind, **sae.sparsity.config())
+    settings = sae.sparsity.config()
+    if "k" in settings:
+        settings["k"] = min(settings["k"], len(features))
+    sparsity = make_sparsity(sae.sparsity.kind, **settings)
     part = SparseAutoencoder(
         sae.d_in, len(features), sparsity, sae.d_out, sae.subtract_b_dec, dtype=sae.dtype
     )
@@ -277,25 +301,37 @@ def check_names(file: Path, found: Iterable[str], wanted: Iterable[str]) -> None
         raise FormatError(f"{file} does not fit its settings: {'; '.join(parts)}")
 
 
+def check_vectors(file: Path, tensors: Mapping[str, Tensor], names: Iterable[str]) -> torch.dtype:
+    """Raise FormatError where these are not one number for each feature of encoder and decoder.
+
+    Returns the type of the weights.
+    """
+    W_enc, W_dec = tensors["W_enc"], tensors["W_dec"]
+    if W_enc.dtype not in DTYPES.values():
+        raise FormatError(f"{file}: weights are {W_enc.dtype}; expected {', '.join(DTYPES)}")
+    if W_enc.ndim != 2 or W_dec.ndim != 2 or not W_enc.numel() or not W_dec.numel():
+        shapes = f"{list(W_enc.shape)} and {list(W_dec.shape)}"
+        raise FormatError(f"{file}: encoder and decoder are {shapes}, expected two matrices")
+    for name in (*names, "W_dec"):
+        if tensors[name].shape[:1] != W_enc.shape[1:] or tensors[name].ndim > 1 + (name == "W_dec"):
+            shapes = f"{list(tensors[name].shape)}, the encoder {list(W_enc.shape)}"
+            raise FormatError(f"{file}: {name} is {shapes}; take the file as its tool wrote it")
+    return W_enc.dtype
+
+
 def assemble(
     file: Path,
     tensors: Mapping[str, Tensor],
     sparsity: Sparsity,
     *,
     subtract_b_dec: bool,
-    dtype: torch.dtype | None = None,
 ) -> SparseAutoencoder:
     """An autoencoder of tensors by our names and in our orientation, from `file`.
 
     Raises FormatError where shapes do not fit each other, or a type is none of ours.
     """
+    dtype = check_vectors(file, tensors, ())
     W_enc, W_dec = tensors["W_enc"], tensors["W_dec"]
-    dtype = dtype or W_enc.dtype
-    if dtype not in DTYPES.values():
-        raise FormatError(f"{file}: weights are {dtype}; expected {', '.join(DTYPES)}")
-    if W_enc.ndim != 2 or W_dec.ndim != 2 or not W_enc.numel() or not W_dec.numel():
-        shapes = f"{list(W_enc.shape)} and {list(W_dec.shape)}"
-        raise FormatError(f"{file}: encoder and decoder are {shapes}, expected two matrices")
     try:
         sae = SparseAutoencoder(
             W_enc.shape[0],
@@ -336,15 +372,27 @@ def known_facts(folder: Path, weights: Path) -> dict[str, Any]:
     return own
 
 
-def trained_setting(known: Mapping[str, Any], kind: str, name: str, default: float) -> float:
-    """A setting of the training that the format has no place for, from `known_facts`."""
-    sparsity = known.get("sparsity")
-    value = sparsity.get(name) if isinstance(sparsity, dict) else None
-    same = isinstance(sparsity, dict) and sparsity.get("kind") == kind
-    return float(value) if same and isinstance(value, int | float) else default
+def trained(kind: str, known: Mapping[str, Any], **held: Any) -> Sparsity:
+    """A sparsity with the settings the format has held, the rest from `known_facts`.
+
+    What only training needs is at its default where nothing is known: l1 at 0.
+    """
+    said = known.get("sparsity")
+    said = said if isinstance(said, dict) and said.get("kind") == kind else {}
+    settings = {"l1": 0.0} | {n: v for n, v in said.items() if type(v) in (int, float)} | held
+    try:
+        return make_sparsity(kind, **{n: v for n, v in settings.items() if n in settings_of(kind)})
+    except ConfigError as error:
+        raise FormatError(f"{PROVENANCE}: {error}") from None
+
+
+def known_k(known: Mapping[str, Any]) -> int | None:
+    """k, where `known_facts` say that it was a batchtopk, which others keep as thresholds."""
+    said = known.get("sparsity")
+    k = said.get("k") if isinstance(said, dict) and said.get("kind") == "batchtopk" else None
+    return k if type(k) is int and k > 0 else None
 
 
 def own_facts(known: Mapping[str, Any]) -> dict[str, Any]:
     """Of `known_facts`, those that say where an autoencoder belongs."""
-    names = ("hookpoint", "model", "revision", "data", "data_fingerprint", "context", "tokens")
-    return {name: known[name] for name in names if known.get(name) is not None}
+    return {name: known[name] for name in _OWN if known.get(name) is not None}

@@ -11,7 +11,6 @@ import torch
 from sae.errors import FormatError
 from sae.formats import foreign, torch_file
 from sae.formats.foreign import Foreign, Notes
-from sae.sparsity import make_sparsity
 
 FILE = "autoencoder.pt"
 _NAMES = {
@@ -69,7 +68,7 @@ def read(source: Path, *, trusted: bool = False) -> list[Foreign]:
         for theirs, name in _NAMES.items()
     }
     known = foreign.known_facts(file.parent, file)
-    l1 = foreign.trained_setting(known, "relu_l1", "l1", 0.0)
-    sae = foreign.assemble(file, ours, make_sparsity("relu_l1", l1=l1), subtract_b_dec=True)
+    sparsity = foreign.trained("relu_l1", known)
+    sae = foreign.assemble(file, ours, sparsity, subtract_b_dec=True)
     notes = () if known else (f"{file.name} says neither hookpoint nor model",)
     return [Foreign(sae, foreign.own_facts(known), notes)]

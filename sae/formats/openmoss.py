@@ -1,22 +1,24 @@
 """OpenMOSS' Llamascopium (lm_saes before): config.json and sae_weights.safetensors, for
 `SparseAutoEncoder.from_pretrained(DIR)`.
 
-Its tensors have our orientation; b_dec is never subtracted from the input. It can scale inputs and
-outputs by constants, and take the top-k over activations times decoder norms: reading folds both.
+Its tensors have our orientation; b_dec is never subtracted from the input; jumprelu keeps log θ as
+ours does, and batchtopk without a threshold, so ours is written as a jumprelu. It can scale inputs
+and outputs by constants, and compare activations times decoder norms: reading folds both.
 """
 
 from math import sqrt
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sae import fingerprint
 from sae.errors import FormatError
-from sae.formats import foreign, hookpoints
+from sae.formats import conventions, foreign, hookpoints
 from sae.formats.foreign import Foreign, Notes, Settings
 from sae.formats.hookpoints import Match
-from sae.sparsity import Sparsity, make_sparsity
+from sae.sparsity import Sparsity
 from sae.store import write_json
 
 CONFIG, WEIGHTS = "config.json", "sae_weights.safetensors"
@@ -28,8 +30,16 @@ _OLD_NAMES = {
     "decoder.bias": "b_dec",
 }
 _NORM = "dataset_average_activation_norm."
-FUNCTIONS = {"relu_l1": "relu", "topk": "topk"}
-_KINDS = {theirs: ours for ours, theirs in FUNCTIONS.items()}
+FUNCTIONS = {
+    "relu_l1": "relu",
+    "topk": "topk",
+    "jumprelu": "jumprelu",
+    "batchtopk": "jumprelu",
+}
+_READ = ("relu", "topk", "jumprelu")
+_LOG = "log_jumprelu_threshold"
+_LOG_NAMES = {True: _LOG, False: f"activation_function.{_LOG}"}
+"""Of the thresholds, before and since the weights have short names."""
 
 
 def recognises(source: Path) -> bool:
@@ -49,7 +59,11 @@ def _fill(folder: Path, own: Foreign) -> Notes:
     foreign.check_kind("openmoss", own, FUNCTIONS, "use --format saelens")
     foreign.check_square("openmoss", own, "use --format saelens")
     ours, notes = foreign.with_subtraction("openmoss", own, False)
-    foreign.write_tensors(folder / WEIGHTS, {t: ours[name] for t, name in _NAMES.items()})
+    theirs = {t: ours[name] for t, name in _NAMES.items()}
+    if FUNCTIONS[own.kind] == "jumprelu":
+        theirs[_LOG_NAMES[False]], changed = _log_thresholds(own, folder)
+        notes += changed
+    foreign.write_tensors(folder / WEIGHTS, theirs)
     place, unnamed = _place(own)
     config = {
         "sae_type": "sae",
@@ -67,6 +81,14 @@ def _fill(folder: Path, own: Foreign) -> Notes:
     }
     write_json(folder / CONFIG, config)
     return notes + unnamed
+
+
+def _log_thresholds(own: Foreign, folder: Path) -> tuple[Tensor, Notes]:
+    """log θ of every feature."""
+    if own.kind == "jumprelu":
+        return own.tensors["log_threshold"], []
+    theirs, _ = conventions.outward(own.kind, own.tensors)
+    return conventions.log_thresholds(theirs["threshold"], folder / WEIGHTS)
 
 
 def _place(own: Foreign) -> tuple[dict[str, Any], Notes]:
@@ -87,13 +109,15 @@ def read(source: Path) -> list[Foreign]:
     weights = foreign.beside(source / CONFIG, WEIGHTS)
     known = foreign.known_facts(source, weights)
     _refuse_others(config)
-    kind = _KINDS[config.text("act_fn") or ""]
+    function = config.text("act_fn") or ""
     tensors = fingerprint.load(weights)
     norms = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_NORM)}
-    ours = _named(config, weights, tensors)
-    ours, notes = _without_decoder_norms(config, kind, ours)
+    ours = _named(config, weights, tensors, function)
+    foreign.check_vectors(weights, ours, set(ours) - {"W_enc", "W_dec", "b_dec"})
+    ours, notes = _without_decoder_norms(config, function, ours)
     ours, more = _unscaled(config, norms, ours)
-    sae = foreign.assemble(weights, ours, _sparsity(config, kind, known), subtract_b_dec=False)
+    sparsity, ours = _sparsity(config, function, ours, known)
+    sae = foreign.assemble(weights, ours, sparsity, subtract_b_dec=False)
     if sae.d_in != config.whole("d_model"):
         raise FormatError(
             f"{source}: {CONFIG} says d_model {config.whole('d_model')}, the weights have "
@@ -106,7 +130,7 @@ def read(source: Path) -> list[Foreign]:
 
 def _refuse_others(config: Settings) -> None:
     """What its encoders can do and ours cannot."""
-    for key, allowed in (("sae_type", ("sae",)), ("act_fn", tuple(_KINDS))):
+    for key, allowed in (("sae_type", ("sae",)), ("act_fn", _READ)):
         if config.text(key) not in allowed:
             raise FormatError(
                 f"{config.file}: {key} {config.text(key)!r:.40} cannot be read here; "
@@ -123,10 +147,14 @@ def _refuse_others(config: Settings) -> None:
         raise FormatError(f"{config.file}: reads one place and rebuilds another; ours cannot yet")
 
 
-def _named(config: Settings, file: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _named(
+    config: Settings, file: Path, tensors: dict[str, Tensor], function: str
+) -> dict[str, Tensor]:
     """The weights by our names and in our orientation, of either generation of theirs."""
     old = "encoder.weight" in tensors
     names = _OLD_NAMES if old else _NAMES
+    if function == "jumprelu":
+        names = names | {_LOG_NAMES[old]: "log_threshold"}
     if not config.flag("use_decoder_bias", True):
         decoder = tensors.get("decoder.weight" if old else "W_D")
         if decoder is not None and decoder.ndim == 2:
@@ -163,23 +191,34 @@ def _unscaled(
     return ours | {name: t.to(ours[name].dtype) for name, t in scaled.items()}, [note]
 
 
+@torch.no_grad()
 def _without_decoder_norms(
-    config: Settings, kind: str, ours: dict[str, Tensor]
+    config: Settings, function: str, ours: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], Notes]:
-    """Top-k over activations times decoder norms, as a top-k over activations."""
-    if kind != "topk" or not config.flag("sparsity_include_decoder_norm", True):
+    """Top-k or thresholds over activations times decoder norms, as such over activations."""
+    if function == "relu" or not config.flag("sparsity_include_decoder_norm", True):
         return ours, []
-    note = (
-        "not bit for bit: sparsity_include_decoder_norm is folded into the weights; activations "
-        "are OpenMOSS' times decoder norms"
-    )
+    note = "not bit for bit: sparsity_include_decoder_norm is folded into the "
+    if function == "jumprelu":  # a · ‖W_dec‖ > θ where a > θ / ‖W_dec‖
+        norms = ours["W_dec"].double().norm(dim=-1).clamp_min(1e-30)
+        moved = (ours["log_threshold"].double() - norms.log()).to(ours["log_threshold"].dtype)
+        return ours | {"log_threshold": moved}, [f"{note}thresholds"]
+    note += "weights; activations are OpenMOSS' times decoder norms"
     return foreign.times_decoder_norms(ours), [note]
 
 
-def _sparsity(config: Settings, kind: str, known: dict[str, Any]) -> Sparsity:
-    if kind == "topk":
-        return make_sparsity("topk", k=config.whole("top_k"))
-    return make_sparsity("relu_l1", l1=foreign.trained_setting(known, "relu_l1", "l1", 0.0))
+def _sparsity(
+    config: Settings, function: str, ours: dict[str, Tensor], known: dict[str, Any]
+) -> tuple[Sparsity, dict[str, Tensor]]:
+    if function == "topk":
+        return foreign.trained("topk", known, k=config.whole("top_k")), ours
+    if function == "relu":
+        return foreign.trained("relu_l1", known), ours
+    k = foreign.known_k(known)
+    if k is None:
+        return foreign.trained("jumprelu", known), ours
+    theta = conventions.just_above(ours.pop("log_threshold").exp()[0])
+    return foreign.trained("batchtopk", known, k=k), ours | {"threshold": theta}
 
 
 def _facts(config: Settings) -> tuple[dict[str, Any], Notes]:

@@ -1,7 +1,8 @@
 """SAELens (6 and later): cfg.json and sae_weights.safetensors, for `SAE.load_from_disk`.
 
 Its tensors have our orientation. The cfg says by `apply_b_dec_to_input` whether b_dec is
-subtracted, so nothing has to be folded on the way out.
+subtracted, so that is never folded on the way out. As in SAELens itself, batchtopk is saved as
+jumprelu with one threshold for all features, and the metadata tell what it was trained as.
 """
 
 from pathlib import Path
@@ -12,18 +13,31 @@ from torch import Tensor
 from sae import fingerprint
 from sae.autoencoder import DTYPES
 from sae.errors import FormatError
-from sae.formats import foreign, hookpoints
+from sae.formats import conventions, foreign, hookpoints
 from sae.formats.foreign import Foreign, Notes, Settings
 from sae.formats.hookpoints import Match
-from sae.sparsity import Sparsity, make_sparsity
+from sae.sparsity import Sparsity
 from sae.store import write_json
 
 CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 VERSION = "6.0.0"
 """Of SAELens, whose layout of cfg.json this is; files without it are read as those before 6."""
-ARCHITECTURES = {"relu_l1": "standard", "topk": "topk"}
-_KINDS = {theirs: ours for ours, theirs in ARCHITECTURES.items()}
-_TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec")
+ARCHITECTURES = {
+    "relu_l1": "standard",
+    "topk": "topk",
+    "batchtopk": "jumprelu",
+    "jumprelu": "jumprelu",
+    "gated": "gated",
+}
+_PLAIN = ("W_enc", "b_enc", "W_dec", "b_dec")
+_TENSORS = {
+    "standard": _PLAIN,
+    "topk": _PLAIN,
+    "jumprelu": (*_PLAIN, "threshold"),
+    "gated": ("W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag"),
+}
+_BATCHTOPK = ("batchtopk", "matryoshka_batchtopk")
+"""What it calls the training of batchtopk, the second with prefixes."""
 
 
 def recognises(source: Path) -> bool:
@@ -54,8 +68,11 @@ def _fill(folder: Path, own: Foreign) -> Notes:
     if own.kind == "topk":
         cfg |= {"k": own.sae.sparsity.config()["k"], "rescale_acts_by_decoder_norm": False}
     write_json(folder / CFG, cfg)
-    foreign.write_tensors(folder / WEIGHTS, own.tensors)
-    return notes
+    ours, changed = conventions.outward(own.kind, own.tensors)
+    names = _TENSORS[ARCHITECTURES[own.kind]]
+    theirs = {name: ours["b_enc" if name == "b_gate" else name] for name in names}
+    foreign.write_tensors(folder / WEIGHTS, theirs)
+    return [*changed, *notes]
 
 
 def _metadata(own: Foreign) -> tuple[dict[str, Any], Notes]:
@@ -66,6 +83,7 @@ def _metadata(own: Foreign) -> tuple[dict[str, Any], Notes]:
         "dataset_path": own.facts.get("data"),
         "context_size": own.facts.get("context"),
         "hook_head_index": None,
+        **_training(own),
     }
     if own.hookpoint is None:
         return known, []
@@ -78,22 +96,33 @@ def _metadata(own: Foreign) -> tuple[dict[str, Any], Notes]:
     return known, [] if there.match is Match.EXACT else [note]
 
 
+def _training(own: Foreign) -> dict[str, Any]:
+    """What a batchtopk was trained as, in the words of SAELens' own files."""
+    if own.kind != "batchtopk":
+        return {}
+    widths = foreign.widths(own)
+    details = {"k": own.sae.sparsity.config()["k"]}
+    return {
+        "training_architecture": _BATCHTOPK[bool(widths)],
+        "training_architecture_details": details
+        | ({"matryoshka_widths": list(widths)} if widths else {}),
+    }
+
+
 def read(source: Path) -> list[Foreign]:
     """The autoencoder of a folder; FormatError for what we cannot hold, by name."""
     cfg = Settings.read(source / CFG)
     weights = foreign.beside(source / CFG, WEIGHTS)
     known = foreign.known_facts(source, weights)
     _refuse_reshaped(cfg)
-    kind = _kind(cfg)
+    architecture, dtype = _architecture(cfg), _dtype(cfg)
     tensors = fingerprint.load(weights)
-    foreign.check_names(weights, tensors, _TENSORS)
-    tensors, notes = _folded(cfg, tensors)
+    foreign.check_names(weights, tensors, _TENSORS[architecture])
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    foreign.check_vectors(weights, tensors, set(tensors) - {"W_enc", "W_dec", "b_dec"})
+    sparsity, ours, notes = _ours(cfg, architecture, tensors, known)
     sae = foreign.assemble(
-        weights,
-        tensors,
-        _sparsity(cfg, kind, known),
-        subtract_b_dec=cfg.flag("apply_b_dec_to_input", True),
-        dtype=_dtype(cfg),
+        weights, ours, sparsity, subtract_b_dec=cfg.flag("apply_b_dec_to_input", True)
     )
     if (sae.d_in, sae.d_sae) != (cfg.whole("d_in"), cfg.whole("d_sae")):
         raise FormatError(
@@ -104,23 +133,47 @@ def read(source: Path) -> list[Foreign]:
     return [Foreign(sae, facts | foreign.own_facts(known), (*notes, *doubts))]
 
 
-def _kind(cfg: Settings) -> str:
-    """Our kind of its architecture; before version 6, topk could be an activation of standard."""
+def _architecture(cfg: Settings) -> str:
+    """Its architecture; before version 6, topk could be an activation of standard."""
     name = cfg.text("architecture") or "standard"
     if name == "standard" and str(cfg.values.get("activation_fn")).startswith("topk"):
         name = "topk"
-    if name not in _KINDS:
+    if name not in _TENSORS:
         raise FormatError(
-            f"{cfg.file}: architecture {name!r:.60} is not known here; expected {', '.join(_KINDS)}"
+            f"{cfg.file}: architecture {name!r:.60} is not known here; "
+            f"expected {', '.join(_TENSORS)}"
         )
-    return _KINDS[name]
+    return name
 
 
-def _sparsity(cfg: Settings, kind: str, known: dict[str, Any]) -> Sparsity:
-    if kind == "topk":
+def _ours(
+    cfg: Settings, architecture: str, theirs: dict[str, Tensor], known: dict[str, Any]
+) -> tuple[Sparsity, dict[str, Tensor], Notes]:
+    """The sparsity, and the tensors by our names and in our conventions."""
+    if architecture == "topk":
         values = cfg.values if "k" in cfg.values else cfg.object("activation_fn_kwargs")
-        return make_sparsity("topk", k=Settings(cfg.file, values).whole("k"))
-    return make_sparsity("relu_l1", l1=foreign.trained_setting(known, "relu_l1", "l1", 0.0))
+        k = Settings(cfg.file, values).whole("k")
+        return foreign.trained("topk", known, k=k), *_folded(cfg, theirs)
+    if architecture == "gated":
+        gate = {name: theirs[name] for name in ("W_enc", "W_dec", "b_dec", "r_mag", "b_mag")}
+        ours, notes = conventions.gate(gate | {"b_enc": theirs["b_gate"]})
+        return foreign.trained("gated", known), ours, notes
+    if architecture == "jumprelu":
+        plain = {name: theirs[name] for name in _PLAIN}
+        sparsity, own, notes = conventions.jump(theirs["threshold"], _k(cfg), known, cfg.file)
+        return sparsity, plain | own, notes
+    return foreign.trained("relu_l1", known), theirs, []
+
+
+def _k(cfg: Settings) -> int | None:
+    """k, where a jumprelu was trained as a batchtopk of a whole number."""
+    metadata = cfg.inner("metadata")
+    if metadata.text("training_architecture") not in _BATCHTOPK:
+        return None
+    k = metadata.object("training_architecture_details").get("k")
+    if isinstance(k, float) and k.is_integer():  # it takes any share of a feature
+        k = int(k)
+    return k if isinstance(k, int) and k > 0 else None
 
 
 def _refuse_reshaped(cfg: Settings) -> None:
@@ -160,6 +213,7 @@ def _facts(cfg: Settings) -> tuple[dict[str, Any], Notes]:
     context = said.values.get("context_size")
     facts["context"] = context if type(context) is int and context > 1 else None
     facts = {name: value for name, value in facts.items() if value is not None}
+    facts |= _prefixes(cfg)
     name = said.text("hook_name") or said.text("hook_point")
     if name is None:
         return facts, []
@@ -175,3 +229,10 @@ def _facts(cfg: Settings) -> tuple[dict[str, Any], Notes]:
     doubt = f"{name} was read from a model with {', '.join(processed)}: {here.match.value}"
     doubts = [doubt] if processed and here.match is Match.UNPROCESSED else []
     return facts | {"hookpoint": here.name}, doubts
+
+
+def _prefixes(cfg: Settings) -> dict[str, Any]:
+    """The widths of a Matryoshka training."""
+    details = cfg.inner("metadata").object("training_architecture_details")
+    sizes = details.get("matryoshka_widths")
+    return foreign.prefixes(cfg.file, sizes, cfg.whole("d_sae")) if isinstance(sizes, list) else {}

@@ -35,7 +35,8 @@ def write(sae_folder: Path, out: Path, features: list[int] | None = None) -> Not
             known = fingerprint.read(sae_folder, chosen)
             examples = {"inputs": known.x, "targets": known.y} if known else {}
             chosen.save_pretrained(folder, {**metadata, "features": features}, **examples)
-        write_json(folder / "provenance.json", facts)
+        own = {**facts, "files": {WEIGHTS: sha256(folder / WEIGHTS)}}
+        write_json(folder / foreign.PROVENANCE, own)
     return []
 
 
@@ -47,6 +48,7 @@ def _facts(
     return {
         **metadata,
         **provenance(manifest, features),
+        **foreign.settings_of_run(sae_folder, features),
         "sae_sha256": sha256(sae_folder / WEIGHTS),
     }
 
@@ -60,4 +62,5 @@ def read(source: Path) -> list[Foreign]:
     """The autoencoder of a folder as `write` leaves it."""
     metadata = read_config(source).get("metadata") or {}
     sae = SparseAutoencoder.from_pretrained(source)
-    return [Foreign(sae, foreign.own_facts(metadata))]
+    known = foreign.known_facts(source, source / WEIGHTS)
+    return [Foreign(sae, foreign.own_facts(metadata | known))]
