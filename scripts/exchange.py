@@ -3,7 +3,7 @@
 Ours → theirs: an SAE of random weights is exported, opened by the real package in a virtual
 environment of its own, and both encode and decode 1,000 random and 1,000 real activations (of the
 bundled model). Theirs → ours: the package saves what it has loaded, and `sae import` reads that.
-Prints the table of docs/exchange.md. Takes five minutes, most of it installing.
+Prints the table of docs/exchange.md. Takes ten minutes, most of it installing.
 
     make exchange            # or: python scripts/exchange.py [--peers FOLDER] [--only saelens]
 """
@@ -27,7 +27,7 @@ from sae.builtin import documents
 from sae.config import ModelConfig
 from sae.hooks import Hookpoint, capture
 from sae.language_model import load
-from sae.sparsity import make_sparsity
+from sae.sparsity import BatchTopK, Gated, JumpRelu, ReluL1, TopK, make_sparsity
 from sae.store import Run, write_atomic, write_manifest
 
 PACKAGES = {
@@ -38,12 +38,16 @@ PACKAGES = {
 WORKER = Path(__file__).with_name("exchange_worker.py")
 SITE, N, D_SAE, SEED = "layers.2.mlp_out", 1000, 512, 0
 GOAL, CLOSE, MOST_CLOSE = 1e-5, 1e-5, 1e-3
-KINDS = {"relu_l1": {"l1": 1.0}, "topk": {"k": 16}}
-HOLDS = {
-    "saelens": ("relu_l1", "topk"),
-    "sparsify": ("topk",),
-    "dictionary_learning": ("relu_l1", "topk"),
+KINDS = {
+    "relu_l1": ReluL1(1.0),
+    "topk": TopK(16),
+    "batchtopk": BatchTopK(16),
+    "matryoshka": BatchTopK(16),
+    "jumprelu": JumpRelu(),
+    "gated": Gated(1.0),
 }
+HOLDS = {"saelens": tuple(KINDS), "sparsify": ("topk",), "dictionary_learning": tuple(KINDS)}
+PREFIXES = "sae: {prefixes: [0.25, 0.5, 1.0]}\n"
 
 
 class Row(NamedTuple):
@@ -57,6 +61,8 @@ class Row(NamedTuple):
     decode: float
     excluded: float
     """Share of the activations left out, as they lie within 1e-5 of where they begin."""
+    l0: float = float("inf")
+    """Features active per token, of the inputs with fewer: an SAE that is silent proves nothing."""
 
 
 def main() -> None:
@@ -76,7 +82,8 @@ def main() -> None:
                 rows += trips(python, f"{PACKAGES[name]} {version}", name, kind, subtract, inputs)
     print(table(rows))
     worst = max(max(row.encode, row.decode) for row in rows)
-    sys.exit(int(worst > GOAL or max(row.excluded for row in rows) > MOST_CLOSE))
+    silent = min(row.l0 for row in rows) < 1
+    sys.exit(int(silent or worst > GOAL or max(row.excluded for row in rows) > MOST_CLOSE))
 
 
 def environment(peers: Path, package: str) -> tuple[Path, str]:
@@ -114,7 +121,8 @@ def trips(
         root = Path(folder)
         sae = make(kind, subtract, inputs["real"])
         save_file(inputs, root / "inputs.safetensors")
-        formats.write(name, run_folder(root / "run", sae), root / "out")
+        settings = PREFIXES if kind == "matryoshka" else ""
+        formats.write(name, run_folder(root / "run", sae, settings), root / "out")
         there = next((root / "out").rglob({"sparsify": "cfg.json"}.get(name, "*.json"))).parent
         job = {"format": name, "folder": str(there), "root": str(root)}
         write_atomic(root / "job.json", json.dumps(job))
@@ -127,22 +135,27 @@ def trips(
 
 @torch.no_grad()
 def make(kind: str, subtract: bool, x: Tensor) -> SparseAutoencoder:
-    """Random directions of norm 1 and biases that leave features sparse."""
-    sae = SparseAutoencoder(x.shape[1], D_SAE, make_sparsity(kind, **KINDS[kind]), None, subtract)
+    """Random directions of norm 1, and biases and thresholds that leave features sparse."""
+    sparsity = make_sparsity(KINDS[kind].kind, **KINDS[kind].config())
+    sae = SparseAutoencoder(x.shape[1], D_SAE, sparsity, None, subtract)
     generator = torch.Generator().manual_seed(SEED)
     sae.initialise(x.mean(0), generator)
     sae.W_dec.mul_(10)
     sae.b_enc.copy_(-0.2 * torch.rand(D_SAE, generator=generator))
+    for name, tensor in sparsity.state_dict().items():
+        drawn = torch.rand(tensor.shape, generator=generator)
+        starts = {"threshold": 0.05, "log_threshold": -3.5, "b_mag": -0.1}
+        tensor.copy_(starts.get(name, 0) + drawn * (0.01 if name == "threshold" else 0.5))
     return sae
 
 
-def run_folder(run: Path, sae: SparseAutoencoder) -> Path:
+def run_folder(run: Path, sae: SparseAutoencoder, settings: str) -> Path:
     """A run that holds just this SAE."""
     facts = {"hookpoint": SITE, "model": "builtin:", "data": "builtin:"}
     folder = run / "saes" / SITE
     sae.save_pretrained(folder, facts)
     write_manifest(folder, facts)
-    write_atomic(run / "config.yaml", f"hookpoints: [{SITE}]\n")
+    write_atomic(run / "config.yaml", f"hookpoints: [{SITE}]\n{settings}")
     return Run(run).sae()
 
 
@@ -161,6 +174,7 @@ def compare(
             encode=max(row.encode, relative(ours.acts[~off], acts[~off])),
             decode=max(row.decode, relative(ours.recon[kept], recon[kept])),
             excluded=max(row.excluded, off.float().mean().item()),
+            l0=min(row.l0, (acts > 0).sum(-1).float().mean().item()),
         )
     return row
 
@@ -168,9 +182,10 @@ def compare(
 def near_the_cut(sae: SparseAutoencoder, pre: Tensor) -> Tensor:
     """Which pre-activations lie within 1e-5 of what decides whether they are active."""
     if sae.sparsity.kind == "topk":
-        last = pre.topk(sae.sparsity.config()["k"], dim=-1).values[:, -1:]
-        return (pre - last).abs() <= CLOSE
-    return pre.abs() <= CLOSE
+        cut = pre.topk(sae.sparsity.config()["k"], dim=-1).values[:, -1:]
+    else:
+        cut = getattr(sae.sparsity, "threshold", torch.zeros(()))
+    return (pre - cut).abs() <= CLOSE
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -180,12 +195,12 @@ def relative(a: Tensor, b: Tensor) -> float:
 def table(rows: list[Row]) -> str:
     """The table of docs/exchange.md."""
     lines = [
-        "| package | kind | b_dec subtracted | direction | encode | decode | excluded |",
-        "|---|---|---|---|---|---|---|",
+        "| package | kind | b_dec subtracted | direction | encode | decode | excluded | L0 |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         subtracted = "yes" if row.subtract else "no"
-        numbers = f"{row.encode:.0e} | {row.decode:.0e} | {row.excluded:.2%}"
+        numbers = f"{row.encode:.0e} | {row.decode:.0e} | {row.excluded:.2%} | {row.l0:.0f}"
         lines.append(f"| {row.package} | {row.kind} | {subtracted} | {row.direction} | {numbers} |")
     return "\n".join(lines)
 
