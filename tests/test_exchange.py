@@ -20,7 +20,7 @@ from test_torch_file import Canary
 from sae import formats
 from sae.autoencoder import DTYPES, SparseAutoencoder
 from sae.errors import FormatError, RunError
-from sae.formats import torch_file
+from sae.formats import npz, torch_file
 from sae.formats.foreign import Foreign
 from sae.sparsity import BatchTopK, Gated, JumpRelu, ReluL1, Sparsity, TopK
 from sae.store import write_atomic, write_manifest
@@ -59,11 +59,17 @@ HOLDS = {
     "dictionary_learning": ALL,
     "openai": {"relu_l1"},
     "openmoss": ALL - {"gated"},
+    "gemma_scope": {"jumprelu", "batchtopk", "matryoshka"},
+    "gemma_scope_2": {"jumprelu", "batchtopk", "matryoshka"},
 }
+SQUARE = [(name, min(held)) for name, held in HOLDS.items() if name != "safetensors"]
+NO_BFLOAT16 = "gemma_scope"
 SUBTRACTS = {
     "dictionary_learning": {"jumprelu": False} | dict.fromkeys(ALL - {"jumprelu", "relu_l1"}, True),
     "openai": {"relu_l1": True},
     "openmoss": dict.fromkeys(ALL, False),
+    "gemma_scope": dict.fromkeys(ALL, False),
+    "gemma_scope_2": dict.fromkeys(ALL, False),
 }
 """Where a format fixes whether b_dec is subtracted: the other is folded into b_enc."""
 FOLDED = {
@@ -71,6 +77,8 @@ FOLDED = {
     ("saelens", "gated"): "b_mag",
     ("dictionary_learning", "jumprelu"): "log_threshold",
     ("dictionary_learning", "gated"): "b_mag",
+    ("gemma_scope", "jumprelu"): "log_threshold",
+    ("gemma_scope_2", "jumprelu"): "log_threshold",
     ("openmoss", "batchtopk"): "threshold",
     ("openmoss", "matryoshka"): "threshold",
 }
@@ -152,6 +160,10 @@ def test_every_tensor_comes_back(
     tmp_path: Path, name: str, variant: str, dtype: str, subtract: bool
 ) -> None:
     sae = make(VARIANTS[variant](), subtract=subtract, dtype=DTYPES[dtype])
+    if (name, dtype) == (NO_BFLOAT16, "bfloat16"):
+        with pytest.raises(FormatError, match="gemma_scope cannot hold bfloat16"):
+            exported(name, variant, tmp_path, sae)
+        return
     found, notes = there_and_back(name, variant, tmp_path, sae)
     moved = SUBTRACTS.get(name, {}).get(variant, subtract) != subtract
     tensor_of, close = FOLDED.get((name, variant)), max(1e-6, 8 * torch.finfo(DTYPES[dtype]).eps)
@@ -186,9 +198,9 @@ def test_what_cannot_be_held_is_refused(tmp_path: Path, name: str, variant: str)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", [name for name in HOLDS if name not in ("safetensors", "openai")])
-def test_a_map_between_widths_is_refused(tmp_path: Path, name: str) -> None:
-    folder = saved(tmp_path / "run", make(topk(), subtract=False, d_out=5))
+@pytest.mark.parametrize(("name", "kind"), SQUARE)
+def test_a_map_between_widths_is_refused(tmp_path: Path, name: str, kind: str) -> None:
+    folder = saved(tmp_path / "run", make(VARIANTS[kind](), subtract=False, d_out=5))
     with pytest.raises(FormatError, match=f"--format {name} cannot hold a map from width 8 to 5"):
         formats.write(name, folder, tmp_path / "out")
 
@@ -449,6 +461,82 @@ def test_openmoss_mistakes(tmp_path: Path, changes: dict[str, Any], wanted: str)
         formats.read(moss(tmp_path, make(topk()), {}, **changes))
 
 
+# Gemma Scope
+
+
+REPOSITORY = "models--google--gemma-scope-2b-pt-res/snapshots/abc/layer_20/width_16k/average_l0_71"
+
+
+def scope(folder: Path, sae: SparseAutoencoder, **others: torch.Tensor) -> Path:
+    """params.npz as Gemma Scope has it."""
+    tensors = sae.tensors()
+    tensors["threshold"] = tensors.pop("log_threshold").exp()
+    folder.mkdir(parents=True)
+    npz.write(folder / "params.npz", tensors | others)
+    return folder
+
+
+def test_gemma_scope_is_named_by_its_folders(tmp_path: Path) -> None:
+    sae = make(VARIANTS["jumprelu"](), subtract=False)
+    for name, facts in {
+        REPOSITORY: {"model": "google/gemma-2-2b", "hookpoint": "layers.20.resid_post"},
+        REPOSITORY.replace("2b-pt-res", "9b-it-mlp"): {
+            "model": "google/gemma-2-9b-it",
+            "hookpoint": "layers.20.mlp_out",
+        },
+        REPOSITORY.replace("res", "att"): {"model": "google/gemma-2-2b"},
+        "elsewhere": {},
+    }.items():
+        (found,) = formats.read(scope(tmp_path / name, sae))[1]
+        assert found.facts == facts and bool(found.notes) == (len(facts) < 2)
+        x = torch.randn(20, D_IN)
+        assert torch.equal(found.sae.encode(x), sae.encode(x))
+
+
+def test_gemma_scope_transcoders_have_small_letters(tmp_path: Path) -> None:
+    sae = make(VARIANTS["jumprelu"](), subtract=False)
+    file = scope(tmp_path / "a", sae, scaling_factor=torch.ones(D_SAE)) / "params.npz"
+    npz.write(file, {name.lower(): tensor for name, tensor in npz.read(file).items()})
+    assert torch.equal(formats.read(file)[1][0].sae.W_dec, sae.W_dec)
+    with pytest.raises(FormatError, match="scaling_factor"):
+        formats.read(scope(tmp_path / "b", sae, scaling_factor=torch.full((D_SAE,), 2.0)))
+
+
+def test_gemma_scope_2_names_the_module(tmp_path: Path) -> None:
+    exported("gemma_scope_2", "jumprelu", tmp_path)
+    out = tmp_path / "out"
+    (out / "provenance.json").unlink()
+    for said, module, facts in [
+        ("gemma-v3-1b-pt", "model.layers.7.output", ("google/gemma-3-1b-pt", "resid_post")),
+        ("gemma-3-270m-pt", "model.layers.7.output", ("google/gemma-3-270m", "resid_post")),
+        (
+            "google/gemma-3-4b-it",
+            "model.layers.7.post_feedforward_layernorm.output",
+            ("google/gemma-3-4b-it", "mlp_out"),
+        ),
+    ]:
+        config = {"architecture": "jump_relu", "model_name": said, "hf_hook_point_in": module}
+        (out / "config.json").write_text(json.dumps(config))
+        (found,) = formats.read(out)[1]
+        assert found.facts == {"model": facts[0], "hookpoint": f"layers.7.{facts[1]}"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({"architecture": "topk"}, "architecture 'topk': expected jump_relu"),
+        ({"hf_hook_point_out": "model.layers.8.output"}, "rebuilds another"),
+        ({"hf_hook_point_in": ["a"]}, "expected text"),
+    ],
+)
+def test_gemma_scope_2_mistakes(tmp_path: Path, changes: dict[str, Any], wanted: str) -> None:
+    exported("gemma_scope_2", "jumprelu", tmp_path)
+    config = {"architecture": "jump_relu", "hf_hook_point_in": "model.layers.7.output"} | changes
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FormatError, match=wanted):
+        formats.read(tmp_path / "out")
+
+
 # All formats
 
 
@@ -459,7 +547,7 @@ def test_pickles_are_read_in_a_process_of_their_own(tmp_path: Path, name: str) -
     assert all(torch.equal(found.sae.tensors()[n], tensor) for n, tensor in sae.tensors().items())
 
 
-PLAIN = [(name, "relu_l1" if "relu_l1" in held else "topk") for name, held in HOLDS.items()]
+PLAIN = [(name, max(held - {"matryoshka"})) for name, held in HOLDS.items()]
 DAMAGED = [*PLAIN, ("saelens", "jumprelu"), ("saelens", "gated"), ("openmoss", "jumprelu")]
 
 
@@ -485,13 +573,13 @@ SHAPES = [[], [3], [D_SAE, 2], [0]]
 
 
 @pytest.mark.parametrize("variant", ["jumprelu", "gated", "batchtopk", "topk"])
-@pytest.mark.parametrize("name", ["saelens", "openmoss"])
+@pytest.mark.parametrize("name", ["saelens", "openmoss", "gemma_scope_2"])
 def test_tensors_of_another_shape(tmp_path: Path, name: str, variant: str) -> None:
     """One tensor at a time, of fewer or more dimensions, or of whole numbers."""
     if variant not in HOLDS[name]:
         return
     exported(name, variant, tmp_path)
-    file = tmp_path / "out" / "sae_weights.safetensors"
+    (file,) = (tmp_path / "out").glob("*.safetensors")
     whole = load_file(file)
     for tensor in whole:
         for shape in SHAPES:
@@ -533,3 +621,12 @@ def test_what_is_no_format(tmp_path: Path) -> None:
         formats.read(tmp_path)
     with pytest.raises(FormatError, match="did you mean 'saelens'"):
         formats.read(tmp_path, "saelns")
+
+
+@pytest.mark.parametrize("name", formats.TABLES)
+def test_tables_hold_no_weights(tmp_path: Path, name: str) -> None:
+    (tmp_path / f"features.{name}").touch()
+    for given in (name, None):
+        with pytest.raises(FormatError, match=f"{name} holds tables .* no weights") as caught:
+            formats.read(tmp_path, given)
+        assert len(str(caught.value).splitlines()) <= 3

@@ -29,6 +29,8 @@ from sae.store import read_manifest, sha256, write_manifest
 
 CHOSEN = [3, 30, 31, DEAD]
 TABULAR = ("parquet", "jsonl", "csv")
+OF_OTHERS = ("sparsify", "gemma_scope", "gemma_scope_2")
+"""Which hold no relu_l1."""
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +118,7 @@ def test_types_do_not_depend_on_the_first_rows(made: Planted, tmp_path: Path, su
     assert found.features["label"].dtype == "string"
 
 
-@pytest.mark.parametrize("name", [name for name in FORMATS if name != "sparsify"])  # TopK alone
+@pytest.mark.parametrize("name", [n for n in FORMATS if n not in OF_OTHERS])
 def test_provenance_lies_beside_every_export(made: Planted, tmp_path: Path, name: str) -> None:
     write(name, made.folder, tmp_path / "out", CHOSEN)
     facts = json.loads((tmp_path / "out" / "provenance.json").read_text())

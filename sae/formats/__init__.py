@@ -21,8 +21,15 @@ FORMATS = {
     "dictionary_learning": "the same for dictionary_learning: utils.load_dictionary(DIR, device)",
     "openai": "the same for OpenAI's sparse_autoencoder: a .pt file",
     "openmoss": "the same for Llamascopium: SparseAutoEncoder.from_pretrained(DIR)",
+    "gemma_scope": "the same as Gemma Scope has it: params.npz",
+    "gemma_scope_2": "the same as Gemma Scope 2 has it: params.safetensors and config.json",
 }
-READABLE = ("safetensors", "saelens", "sparsify", "dictionary_learning", "openai", "openmoss")
+READABLE = (
+    *("safetensors", "saelens", "sparsify", "dictionary_learning", "openai", "openmoss"),
+    *("gemma_scope", "gemma_scope_2"),
+)
+TABLES = ("parquet", "jsonl", "csv")
+"""Of the features, which hold no weights."""
 UNSAFE = ("dictionary_learning", "openai")
 """Read only where the caller trusts the file."""
 _OPENED_BY = {
@@ -32,6 +39,8 @@ _OPENED_BY = {
     "dictionary_learning": "dictionary_learning.utils.load_dictionary({out!r}, 'cpu')",
     "openmoss": "SparseAutoEncoder.from_pretrained({out!r})",
     "openai": "Autoencoder.from_state_dict, of what torch loads from {out}/autoencoder.pt",
+    "gemma_scope": "numpy.load('{out}/params.npz')",
+    "gemma_scope_2": "safetensors.torch.load_file('{out}/params.safetensors')",
 }
 
 
@@ -63,6 +72,11 @@ def read(source: Path, name: str | None = None, *, trusted: bool = False) -> tup
     `trusted` allows to read the formats of UNSAFE. Raises FormatError for an unknown format, one
     that cannot be told, and damaged files.
     """
+    if table := next((t for t in TABLES if _is_table(source, t, name)), None):
+        raise FormatError(
+            f"{source}: {table} holds tables of the features and no weights to import;\n"
+            f"export the SAE in another format: one of {', '.join(READABLE)}"
+        )
     if name is not None:
         check(name, READABLE)
     elif (name := recognised(source)) is None:
@@ -72,6 +86,10 @@ def read(source: Path, name: str | None = None, *, trusted: bool = False) -> tup
     if name in UNSAFE:
         return name, _module(name).read(source, trusted=trusted)
     return name, _module(name).read(source)
+
+
+def _is_table(source: Path, table: str, name: str | None) -> bool:
+    return name == table or (name is None and (source / f"features.{table}").is_file())
 
 
 def recognised(source: Path) -> str | None:
