@@ -5,21 +5,23 @@ tokens.safetensors the scanned text, once. Values are null where a thing does no
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from safetensors import safe_open
 
+from sae import labels
 from sae.errors import FormatError, RunError, suggest
-from sae.store import check_files
+from sae.labels import Label
+from sae.store import check_files, read_manifest
 from sae.untrusted import read_header
 
 KINDS = ("top", "interval", "random")
@@ -208,6 +210,51 @@ class Context:
         return Context(self.pieces[start:stop], self.acts[start:stop], self.peak - start)
 
 
+@dataclass(frozen=True)
+class Reading:
+    """A token of a text and its strongest features, [(feature, activation), …], strongest first."""
+
+    piece: str
+    features: list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a feature's activation becomes: act · scale + add. Ablated: scale 0, add 0."""
+
+    scale: float = 1.0
+    add: float = 0.0
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What a model says after a text: the likeliest next tokens with their probabilities, and the
+    pieces of the text it goes on with."""
+
+    likeliest: list[TokenValue]
+    pieces: list[str]
+
+
+class Probe(Protocol):
+    """Something that can ask the model itself."""
+
+    def read(self, text: str, k: int) -> list[Reading]:
+        """The `k` strongest features on each token of a text."""
+        ...
+
+    def steer(
+        self,
+        text: str,
+        changes: Mapping[int, Change],
+        *,
+        tokens: int,
+        temperature: float,
+        seed: int,
+    ) -> Continuation:
+        """How the model goes on with a text while some features are changed."""
+        ...
+
+
 class FeatureDictionary:
     """A features/ folder, read as needed; no model and no tokenizer are loaded."""
 
@@ -223,9 +270,16 @@ class FeatureDictionary:
             return pq.read_metadata(file).num_rows
 
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """The feature table, or some columns of it."""
+        """The feature table, or some columns of it; `label` holds what the run's labels.json says.
+
+        That column needs the column `feature` beside it.
+        """
         with _reading(self.folder / "features.parquet") as file:
-            return pq.read_table(file, columns=columns)
+            return with_labels(pq.read_table(file, columns=columns), self.labels())
+
+    def labels(self) -> dict[int, Label]:
+        """The labels that the run holds for these features, as they are now."""
+        return labels_of(self.folder)
 
     def records(self, features: Iterable[int]) -> list[FeatureRecord]:
         """The records of some features, in the order asked for; RunError out of range."""
@@ -241,6 +295,15 @@ class FeatureDictionary:
         wanted = check_features(list(features), len(self))
         rows = self._rows("examples.parquet", wanted).to_pylist()
         return [Example(**row) for row in rows if kind in (None, row["kind"])]
+
+    def row(self, row: int) -> tuple[list[int], list[str]]:
+        """A sequence of the scanned text: its token ids and their pieces."""
+        pieces = self._row_pieces(row)
+        return self._text.get_slice("tokens")[row : row + 1][0].tolist(), pieces
+
+    def n_rows(self) -> int:
+        """The number of sequences that were scanned."""
+        return self._text.get_slice("tokens").get_shape()[0]
 
     def context(self, example: Example) -> Context:
         """The example's whole sequence."""
@@ -280,7 +343,8 @@ class FeatureDictionary:
     def _rows(self, name: str, features: list[int]) -> pa.Table:
         wanted = pc.field("feature").isin(features)
         with _reading(self.folder / name) as file:
-            return pq.read_table(file, filters=wanted)
+            table = pq.read_table(file, filters=wanted)
+        return with_labels(table, self.labels()) if "label" in table.column_names else table
 
     @cached_property
     def _text(self) -> Any:
@@ -305,6 +369,24 @@ class FeatureDictionary:
 
     def _unsound(self, problem: str) -> FormatError:
         return FormatError(f"{self.folder}: {problem}; make it again with: sae features RUN")
+
+
+def labels_of(dictionary: Path) -> dict[int, Label]:
+    """The labels that the run of a features/ folder holds for it; {} outside a run."""
+    run = labels.run_of(dictionary)
+    if run is None or not (run / labels.FILE).exists():
+        return {}
+    return labels.read(run, read_manifest(dictionary).get("sae_sha256", ""))
+
+
+def with_labels(table: pa.Table, given: dict[int, Label]) -> pa.Table:
+    """The table with its column `label` filled from `given`, where it has one."""
+    if not given or "label" not in table.column_names:
+        return table
+    rows = zip(table["feature"].to_pylist(), table["label"].to_pylist(), strict=True)
+    texts = [given[feature].text if feature in given else own for feature, own in rows]
+    where = table.column_names.index("label")
+    return table.set_column(where, "label", pa.array(texts, pa.string()))
 
 
 def check_dictionary(folder: Path) -> None:

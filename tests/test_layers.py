@@ -18,6 +18,7 @@ ROWS = (
     "hub untrusted memory",
     "config builtin",
     "store text hooks documents sparsity kernels language_model mirror geometry",
+    "labels",
     "fingerprint data progress records checkpoint steps concepts",
     "autoencoder",
     "activations losses revival",

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sae.formats.card import TABLES, write_card
-from sae.records import TOKENS, check_dictionary, check_features
+from sae.labels import Label
+from sae.records import TOKENS, check_dictionary, check_features, labels_of, with_labels
 from sae.store import OWN_KEYS, features_folder, read_manifest, staged, write_json
 
 BATCH_ROWS = 4096
@@ -36,7 +37,7 @@ def export(
     facts = provenance(manifest, features)
     with staged(out, extra=facts) as folder:
         for name, schema in TABLES.items():
-            rows = _selected(source / f"{name}.parquet", features)
+            rows = _selected(source / f"{name}.parquet", features, labels_of(source))
             write_table(folder / f"{name}.{suffix}", schema, rows)
         shutil.copy(source / TOKENS, folder)
         write_card(folder, suffix, manifest, note)
@@ -56,13 +57,15 @@ def rows_of(batches: Rows) -> Iterator[dict[str, Any]]:
             yield {name: _finite(value) for name, value in row.items()}
 
 
-def _selected(file: Path, features: list[int] | None) -> Iterator[pa.RecordBatch]:
+def _selected(
+    file: Path, features: list[int] | None, labels: dict[int, Label]
+) -> Iterator[pa.RecordBatch]:
+    """The rows of the chosen features, with the run's labels."""
     with pq.ParquetFile(file) as table:
         for batch in table.iter_batches(BATCH_ROWS):
-            if features is None:
-                yield batch
-            else:
-                yield batch.filter(pa.array(np.isin(batch["feature"], features)))
+            if features is not None:
+                batch = batch.filter(pa.array(np.isin(batch["feature"], features)))
+            yield from with_labels(pa.Table.from_batches([batch]), labels).to_batches()
 
 
 def _finite(value: Any) -> Any:

@@ -1,0 +1,80 @@
+"""What people and machines call features: labels.json of a run, by the weights they are about.
+
+{sae_sha256: {feature: {"text": …, "by": …}}}. A label belongs to weights, not to a name: train
+again, and the features are others.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from sae.errors import FormatError, RunError
+from sae.store import write_json
+from sae.untrusted import read_json
+
+FILE = "labels.json"
+PERSON = "person"
+LONGEST = 400
+"""Characters; longer ones are reasoning, not labels."""
+_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class Label:
+    """What a feature is called, and who says so: "person", or the name of a machine."""
+
+    text: str
+    by: str = PERSON
+
+
+def run_of(dictionary: Path) -> Path | None:
+    """The run that RUN/saes/NAME/features belongs to; None for a dictionary elsewhere."""
+    parents = dictionary.absolute().parents
+    is_in_run = dictionary.name == "features" and parents[1].name == "saes"
+    return parents[2] if is_in_run and (parents[2] / "config.yaml").is_file() else None
+
+
+def read(run: Path, sae_sha256: str) -> dict[int, Label]:
+    """The labels of an SAE's features, {} where there are none; FormatError names a bad file."""
+    found = _load(run / FILE).get(sae_sha256, {})
+    return {int(feature): Label(**facts) for feature, facts in found.items()}
+
+
+def write(run: Path, sae_sha256: str, feature: int, label: Label | None) -> None:
+    """Give a feature a label, or take it away; RunError for one that is too long."""
+    if label is not None and not 0 < len(label.text.strip()) <= LONGEST:
+        raise RunError(f"a label has 1 to {LONGEST} characters; {len(label.text.strip())} came")
+    try:
+        with filelock.FileLock(run / ".labels.lock", timeout=10):
+            labels = _load(run / FILE)
+            own = labels.setdefault(sae_sha256, {})
+            own.pop(str(feature), None)
+            if label is not None:
+                text = label.text.strip().encode(errors="replace").decode()
+                own[str(feature)] = asdict(Label(text, label.by))
+            write_json(run / FILE, labels)
+    except filelock.Timeout:
+        raise RunError(f"{run / FILE} is being written by another process; try again") from None
+
+
+def _load(file: Path) -> dict[str, dict[str, Any]]:
+    try:
+        labels = read_json(file, _BYTES)
+    except FileNotFoundError:
+        return {}
+    if not isinstance(labels, dict) or not all(map(_is_sound, labels.values())):
+        raise FormatError(f"{file} does not hold labels; mend it or remove it")
+    return labels
+
+
+def _is_sound(labels: object) -> bool:
+    return isinstance(labels, dict) and all(
+        feature.isascii()
+        and feature.isdigit()
+        and isinstance(facts, dict)
+        and facts.keys() == {"text", "by"}
+        and all(isinstance(text, str) for text in facts.values())
+        for feature, facts in labels.items()
+    )
