@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN = .venv/bin/python
 
-.PHONY: install quickstart test check format exchange faults faults-long
+.PHONY: install install-browser quickstart test check format exchange faults faults-long
 
 install: .venv/installed
 
@@ -10,6 +10,13 @@ install: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
+
+# Chromium, of this system or else of Playwright; it stands outside the repository. axe-core comes
+# with the packages of `make install`.
+install-browser: install
+	command -v chromium || command -v chromium-browser || \
+	  (apt-get update -q && apt-get install -y -q --no-install-recommends chromium) || \
+	  $(RUN) -m playwright install chromium
 
 quickstart: install
 	$(RUN) scripts/quickstart.py

@@ -11,10 +11,11 @@ import re
 import shlex
 import sys
 import warnings
+import webbrowser
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, cast
 
 from sae import __version__
 from sae.errors import ConfigError, FormatError, RunError, SAEError, suggest
@@ -356,7 +357,7 @@ def features(args: list[str]) -> None:
     if scanned < n_tokens:
         print(f"scanned {scanned:,} tokens, not {n_tokens:,}: the text has no more")
     run = _one_sae(opened.run.path, _text(given, "sae"))
-    print(f"next: sae top {run}; sae export {run} --format parquet --out DIR")
+    print(f"next: sae browse {run}; sae top {run}; sae export {run} --format parquet --out DIR")
 
 
 @_verb("top", "features and the text that excites them, in the terminal")
@@ -427,6 +428,60 @@ def _top_of_text(given: dict[str, object]) -> None:
     for point, found in features_of(opened, str(given["text"])).items():
         print(visible(str(point)))
         console.print(prompt_view(found, console))
+
+
+@_verb("browse", "read the features in a web browser, served from this machine only")
+def browse(args: list[str]) -> None:
+    """sae browse."""
+    parser = Parser("browse", "RUN… [--sae NAME] [--port N] [--open] [--device cpu]")
+    parser.add_argument("run", metavar="RUN", nargs="+", help="folders of runs")
+    parser.add_argument("--sae", metavar="NAME", help="only this one of their SAEs")
+    parser.add_argument("--port", metavar="N", help="of 127.0.0.1 (default 8765, or the next free)")
+    parser.add_argument("--open", action="store_true", help="open the web browser too")
+    parser.add_argument("--device", metavar="auto|cpu|cuda", help="where to compute (default auto)")
+    given = parser.read(args)
+    port = _count("--port", given["port"]) if "port" in given else None
+    shown = [pages for run in cast("list[str]", given["run"]) for pages in _pages(run, given)]
+    from sae.browser import server
+
+    with server.open_socket(port) as listening:
+        address = f"http://{server.HOST}:{listening.getsockname()[1]}/"
+        print(f"{len(shown)} feature dictionar{'y' if len(shown) == 1 else 'ies'} at {address}")
+        print("Ctrl-C ends it", flush=True)
+        if "open" in given:
+            webbrowser.open(address)
+        server.serve(shown, listening, _probe_of(str(given.get("device", "auto"))))
+
+
+def _probe_of(device: str):
+    """What loads the model behind some pages, once a page asks for it."""
+
+    def load(pages):
+        _quiet_libraries()
+        from sae.live import open_probe
+
+        return open_probe(pages.run, pages.folder.absolute().parent.name, device)
+
+    return load
+
+
+def _pages(path: str, given: dict[str, object]) -> list:
+    """The pages of a run's SAEs; a dictionary that is missing is made first."""
+    from sae.browser.history import Training
+    from sae.browser.pages import Pages
+    from sae.store import Run
+
+    run, name = Run(path), _text(given, "sae")
+    if name is None and not run.saes():
+        print(f"{path} holds no SAE yet: its training can be watched")
+        return [Training(run.path)]
+    folders = [run.sae(name)] if name else list(run.saes().values()) or [run.sae()]
+    for folder in folders:
+        if not (folder / "features").is_dir():
+            print(f"{folder} has no feature dictionary yet; it is made first", flush=True)
+            device = ["--device", str(given["device"])] if "device" in given else []
+            features([path, "--sae", folder.name, *device])
+    return [Pages(run.features(folder.name)) for folder in folders]
 
 
 @_verb("export", "write the dictionary or the weights for other tools")

@@ -20,11 +20,11 @@ ROWS = (
     "store text hooks documents sparsity kernels language_model mirror geometry",
     "labels",
     "fingerprint data progress records checkpoint steps concepts",
-    "autoencoder",
+    "autoencoder browser",
     "activations losses revival",
     "formats evaluation planning synthetic",
     "learner resuming features terminal scores superposition isolation intervention",
-    "training fitting importing publishing",
+    "training live fitting importing publishing",
     "runs verification",
     "cli",
 )

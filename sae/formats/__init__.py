@@ -16,6 +16,7 @@ FORMATS = {
     "jsonl": "the same tables, a JSON object a line",
     "csv": "the same tables, lists and texts as JSON in their cells",
     "safetensors": "the autoencoder: sae.safetensors and cfg.yaml",
+    "html": "pages to read, that open by double click or from any web server",
     "saelens": "the autoencoder for SAELens: SAE.load_from_disk(DIR)",
     "sparsify": "the autoencoder for sparsify: SparseCoder.load_many(DIR, local=True)",
     "dictionary_learning": "the same for dictionary_learning: utils.load_dictionary(DIR, device)",
@@ -99,6 +100,8 @@ def recognised(source: Path) -> str | None:
 
 def how_to_open(name: str, out: str) -> str:
     """What to do with an export, as a clause."""
+    if name == "html":
+        return f"open {Path(out) / 'index.html'} in a web browser"
     if name not in _OPENED_BY:
         return f"{Path(out) / 'README.md'} tells how to open it"
     return f"in Python, {_OPENED_BY[name].format(out=out)}"

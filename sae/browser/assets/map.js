@@ -1,0 +1,83 @@
+"use strict";
+/* All features on a plane, near where their directions are alike; a click opens one. */
+(() => {
+  const { el, load, numbers, number, percent, explain } = SAE;
+  const W = 1200, H = 600, EDGE = 16, REACH = 14;
+  // From dark to light evenly, and readable without telling red from green (after viridis).
+  const RAMP = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [223, 205, 40]];
+
+  async function page(main, { dictionary: d }) {
+    const [t, raw] = await Promise.all([SAE.list.table(d), load(`${d}/map`)]);
+    const xy = numbers(raw.xy), n = t.n;
+    const by = el("select", { id: "colour", "aria-label": "Colour by" }, [["density", "density"], ["max", "strongest activation"], ["label", "label"]].map(([value, text]) => el("option", { value }, text)));
+    const dead = el("input", { type: "checkbox" });
+    const canvas = el("canvas", { width: W, height: H, id: "map", role: "img", tabindex: 0, "aria-label": `Map of ${number(n)} features; the list holds the same features as text` });
+    const legend = el("p", { class: "quiet" }), said = el("p", { class: "quiet", role: "status", id: "under" }, "Point at a feature; click opens it.");
+    main.replaceChildren(el("div", { class: "page-head between" }, el("div", {}, el("h1", {}, "Map"), el("p", { class: "quiet" }, `${number(n)} features; ${raw.how}`)), el("span", { class: "tools" }, el("label", { class: "check" }, "Colour by", by), el("label", { class: "check" }, dead, "dead ones too"))), el("div", { class: "card wide map-holder" }, canvas), legend, said);
+    const places = place(xy, n), pen = canvas.getContext("2d");
+    const shown = (i) => dead.checked || t.n_fired[i] > 0;
+    function draw() {
+      const colours = tone(t, by.value, legend), size = Math.max(1, Math.min(4, 260 / Math.sqrt(n)));
+      pen.clearRect(0, 0, W, H);
+      pen.globalAlpha = n > 20000 ? 0.6 : 0.85;
+      for (let i = 0; i < n; i++) {
+        if (!shown(i)) continue;
+        pen.fillStyle = colours(i);
+        pen.beginPath();
+        pen.arc(places[2 * i], places[2 * i + 1], size, 0, 7);
+        pen.fill();
+      }
+    }
+    function nearest(event) {
+      const box = canvas.getBoundingClientRect(), x = (event.clientX - box.left) / box.width * W, y = (event.clientY - box.top) / box.height * H;
+      let best = -1, least = REACH * REACH;
+      for (let i = 0; i < n; i++) {
+        const dx = places[2 * i] - x, dy = places[2 * i + 1] - y, far = dx * dx + dy * dy;
+        if (far < least && shown(i)) { least = far; best = i; }
+      }
+      return best;
+    }
+    canvas.addEventListener("pointermove", (event) => {
+      const i = nearest(event);
+      canvas.style.cursor = i < 0 ? "default" : "pointer";
+      if (i < 0) return;
+      const f = SAE.list.idOf(t, i), label = t.labels.get(f);
+      said.textContent = `Feature ${f}${label ? ` “${label.text}”` : ""}: density ${percent(t.density[i])}, max ${number(t.max[i])}`;
+    });
+    canvas.addEventListener("click", (event) => { const i = nearest(event); if (i >= 0) location.hash = SAE.featureAddress(d, SAE.list.idOf(t, i)); });
+    by.addEventListener("change", draw);
+    dead.addEventListener("change", draw);
+    draw();
+  }
+
+  /** Pixels for coordinates; the furthest half per cent on each side is drawn at the edge. */
+  function place(xy, n) {
+    const found = new Float32Array(2 * n);
+    for (const axis of [0, 1]) {
+      const values = Float32Array.from({ length: n }, (_, i) => xy[2 * i + axis]).sort();
+      const low = values[Math.floor(0.005 * (n - 1))], high = values[Math.ceil(0.995 * (n - 1))] || low + 1, room = (axis ? H : W) - 2 * EDGE;
+      for (let i = 0; i < n; i++) {
+        const share = Math.max(0, Math.min(1, (xy[2 * i + axis] - low) / (high - low || 1)));
+        found[2 * i + axis] = EDGE + room * (axis ? 1 - share : share);
+      }
+    }
+    return found;
+  }
+
+  function tone(t, name, legend) {
+    if (name === "label") {
+      legend.textContent = `${number(t.labels.size)} labelled, in orange`;
+      return (i) => (t.labels.has(SAE.list.idOf(t, i)) ? "#e07b1a" : "#9aa0a6");
+    }
+    let low = Infinity, high = -Infinity;
+    for (const x of t[name]) if (x > 0) { low = Math.min(low, Math.log(x)); high = Math.max(high, Math.log(x)); }
+    const show = name === "density" ? percent : number;
+    legend.replaceChildren("from ", show(Math.exp(low)), " ", el("span", { class: "ramp", "aria-hidden": "true" }, RAMP.map((c) => el("i", { css: { background: `rgb(${c})` } }))), " to ", show(Math.exp(high)), ", log scale");
+    return (i) => (t[name][i] > 0 ? `rgb(${ramp((Math.log(t[name][i]) - low) / (high - low || 1))})` : "#9aa0a6");
+  }
+  function ramp(share) {
+    const at = Math.max(0, Math.min(0.9999, share)) * (RAMP.length - 1), i = Math.floor(at), rest = at - i;
+    return RAMP[i].map((c, k) => Math.round(c + (RAMP[i + 1][k] - c) * rest));
+  }
+  SAE.pages.map = page;
+})();

@@ -1,0 +1,39 @@
+"""Rows of a dictionary's tables by feature number, from as few row groups as hold them."""
+
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+class FeatureRows:
+    """A Parquet table sorted by its column `feature`, kept open; safe to use from threads."""
+
+    def __init__(self, file: Path) -> None:
+        self._file, self._lock = pq.ParquetFile(file), Lock()
+        groups = range(self._file.metadata.num_row_groups)
+        bounds = [self._bounds(group) for group in groups]
+        self._first = np.array([first for first, _ in bounds], np.int64)
+        self._last = np.array([last for _, last in bounds], np.int64)
+
+    def between(self, start: int, stop: int, columns: list[str] | None = None) -> pa.Table:
+        """The rows of features start <= feature < stop; `columns` must hold "feature"."""
+        groups = np.flatnonzero((self._last >= start) & (self._first < stop)).tolist()
+        with self._lock:
+            table = self._file.read_row_groups(groups, columns=columns, use_threads=False)
+        feature = table["feature"].to_numpy()
+        return table.filter(pa.array((feature >= start) & (feature < stop)))
+
+    def _bounds(self, group: int) -> tuple[int, int]:
+        """The least and greatest feature of a row group; an empty one has none."""
+        meta = self._file.metadata.row_group(group)
+        if not meta.num_rows:
+            return 1, 0
+        column: Any = meta.column(self._file.schema_arrow.get_field_index("feature"))
+        if column.statistics is not None and column.statistics.has_min_max:
+            return column.statistics.min, column.statistics.max
+        values = self._file.read_row_group(group, columns=["feature"])["feature"].to_numpy()
+        return int(values.min()), int(values.max())

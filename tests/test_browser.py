@@ -1,0 +1,549 @@
+"""The pages show what the dictionary holds: as parts, served, from a web server, from the disk.
+
+And what a hostile page could send to the server is refused.
+"""
+
+import base64
+import http.client
+import io
+import json
+import re
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from chromium import chromium, http_server, served, until
+from planted import D_SAE, DEAD, DENSE, Planted
+from tiny import TOKENS, overrides, save
+
+from sae import cli, labels
+from sae.browser import server, static
+from sae.browser.geometry import KINDS, decoder, match, principal_axes
+from sae.browser.history import Training, history
+from sae.browser.pages import AROUND, FEATURES, TEXT, Pages, script
+from sae.browser.search import mentions
+from sae.browser.tables import FeatureRows
+from sae.errors import RunError
+from sae.labels import Label
+from sae.live import LiveProbe, open_probe
+from sae.records import FeatureDictionary
+from sae.store import Run
+
+TOKEN = "token-of-the-test"
+FEATURE = 30
+
+
+@pytest.fixture(scope="module")
+def pages(made: Planted) -> Pages:
+    return Pages(made.folder / "features")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was trained, scanned and evaluated."""
+    folder = save(tmp_path_factory.mktemp("trained"))
+    options = [part for name, value in overrides(folder).items() for part in (f"--{name}", value)]
+    run = str(folder / "run")
+    assert cli.main(["train", *options]) == 0
+    assert cli.main(["features", run, "--tokens", "2000", "--device", "cpu"]) == 0
+    assert cli.main(["evaluate", run, "--tokens", "300", "--device", "cpu"]) == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def shown(pages: Pages, trained: Path) -> list[Pages]:
+    """The planted dictionary twice, and that of a trained run."""
+    return [pages, Pages(pages.folder), Pages(Run(trained).features())]
+
+
+@pytest.fixture(scope="module")
+def site(shown: list[Pages]) -> Iterator[str]:
+    def probe_of(asked: Pages) -> LiveProbe:
+        assert asked.run is not None
+        return open_probe(asked.run, asked.folder.parent.name, "cpu")
+
+    with served(lambda port: server.app(shown, port, TOKEN, probe_of)) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def folder(shown: list[Pages], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("static") / "html"
+    static.write(shown, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as found:
+        yield found
+
+
+def is_wrong(message: Any) -> bool:
+    """Whether the console tells of more than a question that was refused with its reason."""
+    return message.type in ("error", "warning") and "status of 400" not in message.text
+
+
+@pytest.fixture(params=["served", "static", "file"])
+def page(request: pytest.FixtureRequest, site: str, folder: Path, browser: Any) -> Iterator[Any]:
+    """A tab whose `show(place)` opens a place of the pages; fails on errors, policy, strangers."""
+    context = browser.new_context(viewport={"width": 1200, "height": 900})
+    tab = context.new_page()
+    wrong: list[str] = []
+    tab.on("pageerror", lambda error: wrong.append(str(error)))
+    tab.on("console", lambda m: wrong.append(m.text) if is_wrong(m) else None)
+    tab.on("dialog", lambda dialog: (wrong.append(dialog.message), dialog.dismiss()))
+    with http_server(folder) as static_site:
+        base = {"served": site, "static": static_site, "file": folder.as_uri()}[request.param]
+        tab.on(
+            "request", lambda r: None if r.url.startswith((base, "blob:")) else wrong.append(r.url)
+        )
+
+        def show(place: str) -> None:
+            tab.goto("about:blank")
+            tab.goto(
+                f"{base}/index.html{place}" if request.param != "served" else f"{base}/{place}"
+            )
+            tab.wait_for_selector("main:not([aria-busy])")
+
+        tab.show, tab.mode = show, request.param
+        yield tab
+        context.close()
+    assert wrong == []
+
+
+# ---------------------------------------------------------------------------------------- parts
+
+
+def unpacked(text: str, dtype: str = "<f4") -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), dtype)
+
+
+def test_columns_are_those_of_the_dictionary(pages: Pages, dictionary: FeatureDictionary) -> None:
+    columns = pages.columns()
+    assert columns["n"] == D_SAE
+    for name in ("density", "max", "mean", "participation", "n_fired"):
+        wanted = dictionary.table([name])[name].to_numpy().astype(np.float32)
+        np.testing.assert_array_equal(unpacked(columns[name]), wanted)
+    assert np.isnan(unpacked(columns["mean"])[DEAD])
+
+
+def test_examples_are_those_of_the_dictionary(pages: Pages, dictionary: FeatureDictionary) -> None:
+    part = pages.features(FEATURE // FEATURES)
+    shown = part["pages"][FEATURE]["examples"]
+    for example, given in zip(dictionary.examples([FEATURE]), shown, strict=True):
+        context = dictionary.context(example).window(AROUND, AROUND)
+        tokens = [part["tokens"][i] for i in given["tokens"]]
+        assert [piece for _, piece in tokens] == context.pieces
+        assert example.column - given["start"] == context.peak
+        assert given["peak"] == pytest.approx(example.peak, rel=1e-4)
+        ids, pieces = pages.text(example.row // TEXT)[example.row % TEXT]
+        assert pieces == dictionary.context(example).pieces
+        assert ids[given["start"] :][: len(tokens)] == [i for i, _ in tokens]
+
+
+def test_a_choice_of_features_has_only_those(made: Planted) -> None:
+    chosen = Pages(made.folder / "features", [30, 3])
+    assert unpacked(chosen.columns()["features"], "<i4").tolist() == [3, 30]
+    keys = [key for key, _ in chosen.parts()]
+    assert [key for key in keys if key.startswith("features")] == ["features-0", "features-1"]
+    assert [row[0] for row in chosen.rows(0)] == [3, 30]
+    with pytest.raises(RunError, match="feature 999"):
+        Pages(made.folder / "features", [999])
+
+
+def test_rows_between_two_features(made: Planted) -> None:
+    rows = FeatureRows(made.folder / "features" / "features.parquet")
+    for start, stop in ((0, 1), (5, 20), (30, D_SAE), (0, D_SAE), (D_SAE, 99)):
+        assert rows.between(start, stop)["feature"].to_pylist() == [*range(start, min(stop, D_SAE))]
+
+
+def test_search_finds_what_is_written(made: Planted, dictionary: FeatureDictionary) -> None:
+    found = mentions(dictionary.folder, "WARRANTY", examples=True)
+    texts = {
+        f: [e.before + e.token + e.after for e in dictionary.examples([f])] for f in range(D_SAE)
+    }
+    assert found == [f for f, own in texts.items() if any("warranty" in t for t in own)] != []
+    assert mentions(dictionary.folder, "no such text", examples=True) == []
+    assert set(mentions(dictionary.folder, "a", examples=False)) <= set(range(D_SAE))
+
+
+def test_the_map_is_of_principal_components() -> None:
+    """Planted: points on a plane in ten dimensions, in a frame of its own."""
+    random = np.random.default_rng(1)
+    flat = random.standard_normal((500, 2)) * [5, 1]
+    frame, _ = np.linalg.qr(random.standard_normal((10, 10)))
+    found = principal_axes((flat @ frame[:2] + 3).astype(np.float32))
+    centred = flat - flat.mean(0)
+    distances = np.linalg.norm(centred[:50, None] - centred[None, :50], axis=-1)
+    np.testing.assert_allclose(
+        np.linalg.norm(found[:50, None] - found[None, :50], axis=-1), distances, atol=1e-3
+    )
+    assert principal_axes(np.ones((3, 1), np.float32)).shape == (3, 2)
+
+
+def test_matching_finds_what_was_shuffled_split_and_lost() -> None:
+    random = np.random.default_rng(2)
+    axes, _ = np.linalg.qr(random.standard_normal((40, 40)))
+    ours, order = axes[:10], random.permutation(8)
+    # Of ours, 8 and 9 are lost; 0 has a second, less similar child.
+    child = 0.6 * axes[0] + 0.8 * axes[30]
+    found = match(ours, np.concatenate([ours[order], child[None]]))
+    assert found["nearest"][:8].tolist() == np.argsort(order).tolist()
+    kinds = [KINDS[k] for k in found["kind"]]
+    assert kinds == ["shared"] * 8 + ["lost"] * 2
+    assert found["children"].tolist() == [2, *[1] * 7, 0, 0]
+    with pytest.raises(RunError, match="hookpoint"):
+        match(ours, ours[:, :5])
+
+
+def test_directions_are_those_of_the_decoder(made: Planted) -> None:
+    rows = made.sae.W_dec.detach().numpy()
+    wanted = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    np.testing.assert_allclose(decoder(made.folder), wanted, rtol=1e-6)
+
+
+def test_the_history_is_that_of_the_logs(trained: Path) -> None:
+    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    found = history(trained, "layers.1.mlp_act", Run(trained).sae())
+    assert found["curves"]["tokens"] == [row["tokens"] for row in rows]
+    assert found["curves"]["l0"] == pytest.approx([row["l0"] for row in rows], rel=1e-5)
+    assert found["evaluation"]["n_tokens"] > 0 and found["events"] == []
+    assert "layers.1.mlp_act" in found["config"]
+
+
+def test_a_run_that_still_trains_can_be_watched(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    lines = [{"tokens": i, "hookpoint": "a", "loss": 1 / (i + 1)} for i in range(5000)]
+    text = "\n".join(map(json.dumps, lines))
+    (tmp_path / "metrics.jsonl").write_text(text + '\n[1]\n{"tokens": 1, "loss": NaN}\n{"tok')
+    (tmp_path / "events.jsonl").write_text('{"tokens": 3, "event": "skipped"}\n')
+    watched = Training(tmp_path)
+    ((key, found),) = watched.parts()
+    assert key == "run" and watched.about()["d_sae"] == 0
+    assert found["curves"]["tokens"][-1] == 4999 and 500 < len(found["curves"]["tokens"]) <= 601
+    assert found["events"] == [{"tokens": 3, "event": "skipped"}]
+    with pytest.raises(RunError, match="sae features"):
+        watched.part("columns")
+
+
+def test_a_script_holds_no_markup() -> None:
+    text = script("0/a", {"x": "</script><!-- \u2028 \ud800 é"})
+    assert "<" not in text and text.isascii()
+    assert json.loads(text[len('SAE.put("0/a",') : -3]) == {"x": "</script><!-- \u2028 \ud800 é"}
+
+
+# --------------------------------------------------------------------------------------- server
+
+OURS = {"Content-Type": "application/json", "X-SAE-Token": TOKEN}
+
+
+def call(
+    site: str, method: str, path: str, body: Any = None, **headers: str
+) -> tuple[int, bytes, Any]:
+    """A request exactly as written."""
+    connection = http.client.HTTPConnection(site.removeprefix("http://"), timeout=10)
+    data = json.dumps(body).encode() if body is not None else None
+    given = {"Host": site.removeprefix("http://")} | {
+        k.replace("_", "-"): v for k, v in headers.items()
+    }
+    connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
+    for name, value in given.items():
+        connection.putheader(name, value)
+    if data is not None:
+        connection.putheader("Content-Length", str(len(data)))
+    connection.endheaders(data)
+    with closing(connection), connection.getresponse() as answer:
+        return answer.status, answer.read(), answer.headers
+
+
+def ask(site: str, what: str, body: Any, **changes: str) -> tuple[int, Any]:
+    headers = OURS | {"Origin": site} | {k.replace("_", "-"): v for k, v in changes.items()}
+    status, text, _ = call(site, "POST", f"/api/{what}", body, **headers)
+    return status, json.loads(text) if text.startswith(b"{") else None
+
+
+def test_the_server_gives_the_parts_of_the_folder(site: str, folder: Path) -> None:
+    for file in sorted((folder / "data").rglob("*.js")):
+        name = file.relative_to(folder).as_posix()
+        if name.endswith("labels.js"):
+            continue
+        status, text, headers = call(site, "GET", f"/{name}")
+        assert (status, text) == (200, file.read_bytes()), name
+        assert headers["Cross-Origin-Resource-Policy"] == "same-origin"
+        assert "Access-Control-Allow-Origin" not in headers
+        assert "default-src 'none'" in headers["Content-Security-Policy"]
+
+
+UP = ("..", "%2e%2e", "%252e%252e", "..%2f..", "....//", "..\\..", "%5c..%5c", "/etc", "~", "%00")
+PLACES = ("/", "/assets/", "/data/", "/data/0/", "/data/0/features-")
+TRAVERSALS = [f"{place}{up}/{up}/etc/passwd" for place in PLACES for up in UP]
+
+
+def test_no_address_leads_out_of_the_run(site: str) -> None:
+    assert len(TRAVERSALS) == 50
+    for path in (*TRAVERSALS, "/data/0/../../config.yaml", "/config.yaml", "/labels.json"):
+        assert call(site, "GET", path)[0] in (404, 400), path
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "3/columns",
+        "-1/columns",
+        "0/rows-99",
+        "0/rows--1",
+        "0/rows-1e3",
+        "0/x",
+        "0",
+        "",
+        "0/features-99999999999",
+        "%D9%A3/columns",
+    ],
+)
+def test_parts_that_are_not_there(site: str, key: str) -> None:
+    assert call(site, "GET", f"/data/{key}.js")[0] == 404
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "127.0.0.1", "localhost:1", "127.0.0.1.evil.example:80", ""]
+)
+def test_other_hosts_are_refused(site: str, host: str) -> None:
+    for path in ("/", "/data/index.js"):
+        status, text, _ = call(site, "GET", path, Host=host)
+        assert status in (400, 403) and b"SAE.put" not in text and TOKEN.encode() not in text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"Origin": "http://evil.example"}, {"Origin": "null"}, {"Origin": ""},
+        {"X_SAE_Token": ""}, {"X_SAE_Token": "guess"}, {"X_SAE_Token": "ü"},
+        {"Content_Type": "text/plain"}, {"Content_Type": "application/x-www-form-urlencoded"},
+        {"Content_Type": "application/json;q=1"}, {"Content_Type": "multipart/form-data"},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("what", ["label", "search"])
+def test_requests_of_strangers_are_refused(
+    site: str, made: Planted, what: str, changes: dict[str, str]
+) -> None:
+    body = {"dictionary": 0, "feature": 3, "text": "written by a stranger"}
+    status, answer = ask(site, what, body, **changes)
+    assert status == 403 and "error" in answer
+    assert not (made.folder.parents[1] / labels.FILE).exists()
+
+
+@pytest.mark.parametrize("site_of", ["cross-site", "same-site"])
+def test_other_pages_cannot_load_our_parts(site: str, site_of: str) -> None:
+    for path in ("/data/index.js", "/data/0/columns.js", "/assets/core.js"):
+        assert call(site, "GET", path, Sec_Fetch_Site=site_of)[0] == 403
+
+
+@pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "PROPFIND"])
+def test_only_reading_and_asking(site: str, method: str) -> None:
+    assert call(site, method, "/")[0] in (403, 404, 405)
+    assert call(site, "GET", "/api/label")[0] in (404, 405)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [[], "x", {}, {"dictionary": 9}, {"dictionary": 0}, {"dictionary": "../1"},
+     *({"dictionary": 0, "feature": f, "text": "a"} for f in (-1, D_SAE, True, "1", None)),
+     *({"dictionary": 0, "feature": 1, "text": text} for text in (5, "x" * 401))],
+)  # fmt: skip
+def test_questions_that_make_no_sense(site: str, body: Any) -> None:
+    status, answer = ask(site, "label", body)
+    assert status == 400 and answer["error"]
+
+
+def test_the_selection_as_parquet(site: str, dictionary: FeatureDictionary) -> None:
+    _, answer = ask(site, "export", {"dictionary": 0, "features": [30, 3]})
+    table = pq.read_table(io.BytesIO(base64.b64decode(answer["parquet"])))
+    assert table["feature"].to_pylist() == [30, 3]
+    assert table["max"].to_pylist() == [r.max for r in dictionary.records([30, 3])]
+
+
+def test_ports() -> None:
+    with server.open_socket() as first, server.open_socket() as second:
+        first.listen()
+        assert first.getsockname()[0] == second.getsockname()[0] == "127.0.0.1"
+        with pytest.raises(RunError, match="taken"):
+            server.open_socket(first.getsockname()[1])
+    with pytest.raises(RunError):
+        server.open_socket(99999)
+
+
+def test_the_verb_says_where_the_pages_are(
+    made: Planted, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, shown = str(made.folder.parents[1]), []
+    monkeypatch.setattr(server, "serve", lambda pages, listening: shown.extend(pages))
+    assert cli.main(["browse", run, run]) == 0
+    assert re.match(
+        r"2 feature dictionaries at http://127\.0\.0\.1:\d+/\n", capsys.readouterr().out
+    )
+    assert [pages.d_sae for pages in shown] == [D_SAE, D_SAE]
+    assert cli.main(["browse", "nowhere"]) == 2
+    assert cli.main(["browse", run, "--port", "0"]) == 2
+
+
+# ------------------------------------------------------------------------------------- Chromium
+
+
+def test_the_list_sorts_filters_and_opens(page: Any, dictionary: FeatureDictionary) -> None:
+    page.show("#/0/features?show=all")
+    assert page.text_content("#count") == f"All {D_SAE} features"
+    first = "#rows .row[aria-rowindex='2'] .id"
+    assert page.text_content(first) == str(DENSE)
+    page.click("button.sort:has-text('Max')")
+    assert page.text_content(first) == str(dictionary.ranked("max")[0])
+    page.click("button.sort:has-text('Feature')")
+    assert page.text_content(first) == "0"
+    page.select_option("#show", "dead")
+    dead = [r.feature for r in dictionary.records(range(D_SAE)) if r.n_fired == 0]
+    assert page.text_content("#count") == f"{len(dead)} of {D_SAE} features"
+    page.click(f"#rows a >> text='{dead[0]}'")
+    page.wait_for_selector(".badge.dead")
+
+
+def test_search_in_the_list(page: Any, dictionary: FeatureDictionary) -> None:
+    page.show("#/0/features?show=all")
+    page.fill("#search", "birds")
+    wanted = len(mentions(dictionary.folder, "birds", examples=False))
+    until(lambda: page.text_content("#count").startswith(f"{wanted} of"))
+    assert "q=birds" in page.url
+
+
+def test_a_feature_page_shows_its_record(page: Any, dictionary: FeatureDictionary) -> None:
+    page.show(f"#/0/feature/{FEATURE}")
+    record = dictionary.records([FEATURE])[0]
+    assert page.text_content("h1 .id") == str(FEATURE)
+    stats = page.text_content(".stats")
+    assert f"{record.n_fired} tokens" in stats
+    peaks = page.locator(".group >> nth=0 >> css=.token.marked").all_text_contents()
+    tops = dictionary.examples([FEATURE], "top")
+    assert [p.strip() for p in peaks] == [e.token.strip() for e in tops[:5]]
+    page.click("text=Show 15 more")
+    assert page.locator(".group >> nth=0 >> css=.example").count() == len(tops)
+    _, _, count = record.intervals[0]
+    assert f"holds {100 * count / record.n_fired:.1f}" in page.text_content(".group >> nth=1")
+    page.check("input[value=full]")
+    until(lambda: "Loading" not in page.text_content("#examples"))
+    context = dictionary.context(tops[0])
+    shown = page.locator(".context >> nth=0 >> css=.token").all_text_contents()
+    assert len(shown) == len(context.pieces)
+    page.hover(".context >> nth=0 >> css=.token.marked")
+    tip = page.text_content("#tip")
+    assert (
+        "activation" in tip
+        and f"{tops[0].position} of document {tops[0].document}" in tip.replace(",", "")
+    )
+
+
+def test_keys_lead_from_feature_to_feature(page: Any) -> None:
+    page.show("#/0/feature/3")
+    page.keyboard.press("ArrowRight")
+    until(lambda: page.text_content("h1 .id") == "4")
+    page.wait_for_selector("main:not([aria-busy])")
+    page.keyboard.press("ArrowLeft")
+    until(lambda: page.text_content("h1 .id") == "3")
+    assert "#/0/feature/3" in page.url
+
+
+def test_labels_are_given_when_served(page: Any, made: Planted) -> None:
+    run, hostile = made.folder.parents[1], '</script><img src=x onerror="alert(1)">'
+    page.show("#/0/feature/12")
+    if page.mode != "served":
+        assert f"sae browse {run}" in page.text_content(".label-line")
+        return
+    page.click("#edit-label")
+    page.fill("#label-box", hostile)
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".label-text#label")
+    assert page.text_content("#label") == hostile
+    assert FeatureDictionary(made.folder / "features").labels() == {12: Label(hostile)}
+    page.show("#/0/features?show=labelled")
+    assert page.text_content("#rows .label-text") == hostile
+    page.show("#/0/feature/12")
+    page.click("#edit-label")
+    page.fill("#label-box", "")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".quiet#label")
+    assert FeatureDictionary(made.folder / "features").labels() == {}
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "#/0/feature/99999",
+        "#/0/feature/%3Cimg%20src=x%3E",
+        "#/0/nonsense",
+        "#/7/features",
+        "#javascript:alert(1)",
+    ],
+)
+def test_wrong_addresses_say_so(page: Any, place: str) -> None:
+    page.show(place)
+    assert re.search("Not here|features of", page.text_content("main"))
+
+
+def test_the_run_page_shows_curves_and_evaluation(page: Any) -> None:
+    page.show("#/2/run")
+    assert f"{TOKENS:,} tokens" in page.text_content("#live")
+    assert page.locator("svg.lines polyline").count() == 4
+    text = page.text_content("main")
+    assert "cross-entropy recovered" in text and "never resumed" in text and "sparsity" in text
+    page.show("#/0/run")
+    assert "no step is logged yet" in page.text_content("#live")
+
+
+def test_the_map_opens_features(page: Any) -> None:
+    page.show("#/0/map")
+    box = page.locator("#map").bounding_box()
+    steps = [(x, y) for x in range(4, 100, 4) for y in range(4, 100, 4)]
+    for x, y in steps:
+        page.mouse.move(box["x"] + box["width"] * x / 100, box["y"] + box["height"] * y / 100)
+        if found := re.match(r"Feature (\d+)", page.text_content("#under")):
+            break
+    else:
+        raise AssertionError("nothing on the map")
+    page.mouse.down()
+    page.mouse.up()
+    page.wait_for_selector("h1 .id")
+    assert page.text_content("h1 .id") == found[1]
+
+
+def test_comparing_a_dictionary_with_itself(page: Any, dictionary: FeatureDictionary) -> None:
+    page.show("#/0/compare")
+    live = sum(r.n_fired > 0 for r in dictionary.records(range(D_SAE)))
+    assert f"{live} shared" in page.text_content(".kinds")
+    rows = page.locator("#matches tbody tr")
+    assert rows.count() == live
+    ours, theirs, cosine, *_ = rows.first.locator("td").all_text_contents()
+    assert ours == theirs and float(cosine) == pytest.approx(1)
+    page.show("#/0/compare/2")
+    assert "They have read different text" in page.text_content("main")
+
+
+def test_a_text_is_read_and_steered(page: Any) -> None:
+    page.show("#/2/text?t=the+cat+sat")
+    if page.mode != "served":
+        assert page.text_content("#command").startswith("sae browse ")
+        return
+    page.wait_for_selector("#tokens .token")
+    shown = page.locator("#tokens .token").all_text_contents()
+    assert "".join(shown) == "the cat sat"
+    page.click("#tokens .token >> nth=1")
+    page.click("#token-features button:has-text('ablate') >> nth=0")
+    page.fill("#length", "5")
+    page.click("#steer")
+    page.wait_for_selector("#side-changed")
+    assert page.locator("#side-plain li").count() == page.locator("#side-changed li").count() == 10
+    assert "t=the" in page.url and "c=" in page.url
+    page.fill("#text", "the cat " * 50)
+    page.click("#read")
+    until(lambda: "the model reads 1 to 32" in page.text_content("#state"))
