@@ -8,6 +8,7 @@ import http.client
 import io
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from chromium import chromium, http_server, served, until
+from chromium import chromium, http_server, served, until, wanted
 from planted import D_SAE, DEAD, DENSE, Planted
 from tiny import TOKENS, overrides, save
 
@@ -547,3 +548,113 @@ def test_a_text_is_read_and_steered(page: Any) -> None:
     page.fill("#text", "the cat " * 50)
     page.click("#read")
     until(lambda: "the model reads 1 to 32" in page.text_content("#state"))
+
+
+# ------------------------------------------------------------------------------------- strangers
+
+
+@pytest.mark.parametrize("way", ["static", "file"])
+def test_what_is_planted_in_a_page_is_blocked(
+    browser: Any, folder: Path, tmp_path: Path, way: str
+) -> None:
+    shutil.copytree(folder, tmp_path / "html")
+    index = tmp_path / "html" / "index.html"
+    planted = "<script>window.__xss=1</script><img src='http://127.0.0.1:9/x.png'>"
+    index.write_text(index.read_text().replace("<noscript>", f"{planted}<noscript>"))
+    with http_server(tmp_path / "html") as address:
+        tab, said, asked = browser.new_page(), [], []
+        tab.on("console", lambda m: said.append(m.text))
+        tab.on("requestfinished", lambda r: asked.append(r.url))
+        tab.goto(index.as_uri() if way == "file" else f"{address}/index.html")
+        tab.wait_for_selector("main:not([aria-busy])")
+        assert tab.evaluate("window.__xss") is None
+        assert sum("Content Security Policy" in text for text in said) >= 2
+        assert not [url for url in asked if ":9/" in url]
+        tab.close()
+
+
+STRANGE = """async (base) => {
+  const seen = [];
+  const body = JSON.stringify({dictionary: 0, feature: 1, text: "owned"});
+  const types = ["text/plain", "application/json", "application/x-www-form-urlencoded"];
+  for (const what of ["label", "search", "read", "steer", "export"])
+    for (const type of types)
+      for (const mode of ["cors", "no-cors"]) {
+        const headers = mode === "cors" ? {"Content-Type": type, "X-SAE-Token": "guess"} : {};
+        try {
+          const r = await fetch(`${base}/api/${what}`, {method: "POST", mode, headers, body});
+          if (r.ok) seen.push(`${what} ${type} ${mode}`);
+        } catch { /* refused */ }
+      }
+  for (const key of ["index", "0/columns", "0/labels"])
+    await new Promise((done) => {
+      window.SAE = {put: (k) => seen.push(k)};
+      const s = document.createElement("script");
+      s.src = `${base}/data/${key}.js`; s.onload = s.onerror = done;
+      document.head.append(s);
+    });
+  try { seen.push(await (await fetch(`${base}/`)).text()); } catch { /* no CORS */ }
+  return seen;
+}"""
+
+
+def test_a_page_of_another_origin_gets_nothing(
+    browser: Any, site: str, made: Planted, tmp_path: Path
+) -> None:
+    (tmp_path / "index.html").write_text("<!doctype html><title>evil</title>")
+    with http_server(tmp_path) as evil:
+        tab = browser.new_page()
+        tab.goto(f"{evil}/index.html")
+        assert tab.evaluate(STRANGE, site) == []
+        tab.close()
+    assert FeatureDictionary(made.folder / "features").labels() == {}
+
+
+# -------------------------------------------------------------------------------- accessibility
+
+PLACES_OF_ALL = ("features", "feature/30", "map", "run", "compare", "text")
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious(browser: Any, site: str, scheme: str) -> None:
+    module = wanted("axe_playwright_python")
+    axe = (Path(module.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
+    context = browser.new_context(bypass_csp=True, color_scheme=scheme)
+    found = []
+    for place in PLACES_OF_ALL:
+        tab = context.new_page()
+        tab.goto(f"{site}/#/0/{place}")
+        tab.wait_for_selector("main:not([aria-busy])")
+        tab.evaluate(axe)
+        for wrong in tab.evaluate("() => axe.run()")["violations"]:
+            if wrong["impact"] in ("serious", "critical"):
+                found += [(place, wrong["id"], node["html"][:120]) for node in wrong["nodes"][:3]]
+        tab.close()
+    context.close()
+    assert found == []
+
+
+def test_keyboard_and_print_and_phone(browser: Any, site: str) -> None:
+    context = browser.new_context(viewport={"width": 380, "height": 740})
+    tab = context.new_page()
+    for place in PLACES_OF_ALL:
+        tab.goto("about:blank")
+        tab.goto(f"{site}/#/0/{place}")
+        tab.wait_for_selector("main:not([aria-busy])")
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 380, place
+    tab.goto(f"{site}/#/0/features")
+    tab.wait_for_selector("#rows .row")
+    tab.keyboard.press("/")
+    assert tab.evaluate("document.activeElement.id") == "search"
+    tab.focus("#rows")
+    tab.keyboard.press("ArrowDown")
+    tab.keyboard.press("ArrowDown")
+    tab.keyboard.press("Enter")
+    tab.wait_for_selector("h1 .id")
+    tab.keyboard.press("?")
+    tab.wait_for_selector("dialog[open]")
+    tab.keyboard.press("Escape")
+    tab.emulate_media(media="print")
+    assert not tab.is_visible("#top") and tab.is_visible(".example")
+    context.close()

@@ -41,7 +41,7 @@ def write(
                 if key.startswith("features-"):
                     progress(len(value["pages"]))
             for other, theirs in enumerate(shown):
-                if theirs is not pages and theirs.comparable(pages):
+                if other != number and theirs.comparable(pages):
                     _put(folder, f"{number}/compare-{other}", pages.compare(theirs))
 
 

@@ -6,7 +6,7 @@
 const SAE = (() => {
   const waiting = new Map(), parts = new Map();
   const MOST_PARTS = 600;
-  const pages = {};
+  const pages = Object.create(null); // so that an address cannot name what objects inherit
   const token = document.querySelector("meta[name=sae-token]").content;
 
   /* ------------------------------------------------------------------------------ elements */

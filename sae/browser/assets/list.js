@@ -137,7 +137,7 @@ SAE.list = (() => {
 
   /** Keeps the lines in sight in the page, whatever the number of all. */
   function virtual(scroller, draw) {
-    const space = el("div", { class: "space", role: "rowgroup" }), drawn = new Map();
+    const space = el("div", { class: "space", role: "none" }), drawn = new Map();
     scroller.append(space);
     let places = new Uint32Array(0), from = 0;
     const visibleLines = () => Math.ceil(scroller.clientHeight / LINE) + 1;
