@@ -6,19 +6,24 @@ And what a hostile page could send to the server is refused.
 import base64
 import http.client
 import io
+import itertools
 import json
 import re
 import shutil
+import urllib.parse
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from chromium import chromium, http_server, served, until, wanted
+from hostile import STRINGS
 from planted import D_SAE, DEAD, DENSE, Planted
+from safetensors.numpy import load_file, save_file
 from tiny import TOKENS, overrides, save
 
 from sae import cli, labels
@@ -31,8 +36,8 @@ from sae.browser.tables import FeatureRows
 from sae.errors import RunError
 from sae.labels import Label
 from sae.live import LiveProbe, open_probe
-from sae.records import FeatureDictionary
-from sae.store import Run
+from sae.records import EXAMPLES_SCHEMA, FEATURES_SCHEMA, FeatureDictionary
+from sae.store import OWN_KEYS, Run, read_manifest, write_manifest
 
 TOKEN = "token-of-the-test"
 FEATURE = 30
@@ -550,7 +555,91 @@ def test_a_text_is_read_and_steered(page: Any) -> None:
     until(lambda: "the model reads 1 to 32" in page.text_content("#state"))
 
 
-# ------------------------------------------------------------------------------------- strangers
+# --------------------------------------------------------------------------------- hostile text
+
+
+def poison(source: Planted, run: Path) -> Pages:
+    """The planted run with STRINGS as tokens, text, labels, and names of everything."""
+    shutil.copytree(source.folder.parents[1], run)
+    folder = run / "saes" / source.folder.name / "features"
+    endless = itertools.cycle(s.encode(errors="replace").decode() for s in STRINGS)
+
+    def pieces(row: dict[str, Any]) -> dict[str, Any]:
+        for column in ("top_tokens", "writes", "suppresses", "reads"):
+            row[column] = row[column] and [t | {"piece": next(endless)} for t in row[column]]
+        return row | {"label": next(endless)}
+
+    features = [pieces(row) for row in pq.read_table(folder / "features.parquet").to_pylist()]
+    pq.write_table(pa.Table.from_pylist(features, FEATURES_SCHEMA), folder / "features.parquet")
+    examples = [
+        row | {name: next(endless) for name in ("before", "token", "after")}
+        for row in pq.read_table(folder / "examples.parquet").to_pylist()
+    ]
+    pq.write_table(pa.Table.from_pylist(examples, EXAMPLES_SCHEMA), folder / "examples.parquet")
+    tokens = load_file(folder / "tokens.safetensors")
+    text = [next(endless).encode() for _ in range(tokens["tokens"].size)]
+    tokens["piece_bytes"] = np.frombuffer(b"".join(text), np.uint8)
+    tokens["piece_offsets"] = np.cumsum([0, *map(len, text)])
+    save_file(tokens, folder / "tokens.safetensors")
+    manifest = read_manifest(folder)
+    names = ("model", "revision", "data", "data_fingerprint", "hookpoint")
+    facts = {k: v for k, v in manifest.items() if k not in OWN_KEYS}
+    write_manifest(folder, facts | {name: f"{name} {next(endless)}" for name in names})
+    for feature in range(D_SAE):
+        given = next(s for s in endless if 0 < len(s.strip()) <= labels.LONGEST)
+        labels.write(run, manifest["sae_sha256"], feature, Label(given, next(endless)))
+    return Pages(folder)
+
+
+@pytest.fixture(scope="module")
+def poisoned(made: Planted, tmp_path_factory: pytest.TempPathFactory) -> Pages:
+    return poison(made, tmp_path_factory.mktemp("hostile") / "<img src=x onerror=alert(1)>")
+
+
+def visible_text(text: str) -> bool:
+    """Whether the pages show it as it is: short, and nothing that needs a sign."""
+    return 0 < len(text) <= 60 and text.isprintable() and text == text.strip()
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("way", ["served", "file"])
+def test_hostile_text_stays_text(browser: Any, poisoned: Pages, tmp_path: Path, way: str) -> None:
+    static.write([poisoned, poisoned], tmp_path / "html")
+    with served(lambda port: server.app([poisoned, poisoned], port, TOKEN)) as address:
+        base = f"{address}/" if way == "served" else (tmp_path / "html" / "index.html").as_uri()
+        inside = address if way == "served" else (tmp_path / "html").as_uri()
+        tab, wrong = browser.new_page(), []
+        tab.on("dialog", lambda dialog: (wrong.append(dialog.message), dialog.dismiss()))
+        tab.on("request", lambda r: None if r.url.startswith(inside) else wrong.append(r.url))
+        tab.on("console", lambda m: wrong.append(m.text))
+        tab.on("pageerror", lambda error: wrong.append(str(error)))
+
+        def show(place: str) -> None:
+            tab.goto("about:blank")
+            tab.goto(base + place)
+            tab.wait_for_selector("main:not([aria-busy])")
+            assert tab.evaluate("window.__xss") is None and "owned" not in tab.title()
+
+        records = poisoned.dictionary.records(range(D_SAE))
+        for feature in range(0, D_SAE, 6):
+            show(f"#/0/feature/{feature}?width=full&lines=1")
+            assert tab.text_content("#label") == records[feature].label
+            chips = tab.locator(".token-list .chip").all_text_contents()
+            known = {t.piece for t in records[feature].writes or [] if visible_text(t.piece)}
+            assert known <= set(chips)
+        show("#/0/features?show=all")
+        shown = tab.locator("#rows .label-text").all_text_contents()
+        assert shown and set(shown) <= {r.label for r in records}
+        places = ["#/0/map", "#/0/run", "#/0/compare/1", "#/0/text"]
+        quoted = [urllib.parse.quote(s[:500], errors="replace") for s in STRINGS[::12]]
+        for place in [
+            *places,
+            *(f"#/0/features?q={s}" for s in quoted[:6]),
+            *(f"#/0/{s}" for s in quoted),
+        ]:
+            show(place)
+        tab.close()
+        assert wrong == []
 
 
 @pytest.mark.parametrize("way", ["static", "file"])

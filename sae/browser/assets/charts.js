@@ -83,12 +83,13 @@ SAE.charts = (() => {
       svg.append(el("polyline", { class: `line line-${i}`, points: s.points.map(([x, y]) => `${px(x).toFixed(1)},${py(y).toFixed(1)}`).join(" ") }));
     });
     const over = el("rect", { x: L, y: T, width: W - L - 8, height: height - T - B, class: "over" });
-    const cursor = el("line", { y1: T, y2: height - B, x1: 0, x2: 0, class: "cursor" });
+    const cursor = el("line", { y1: T, y2: height - B, x1: 0, x2: 0, class: "cursor", hidden: true });
     let spot = 0;
     over.addEventListener("pointermove", (event) => {
       const box = svg.getBoundingClientRect();
       const x = x0 + (x1 - x0) * ((event.clientX - box.left) / box.width * W - L) / (W - L - 8);
       spot = nearest(real[0].points, x);
+      cursor.removeAttribute("hidden");
       cursor.setAttribute("x1", px(real[0].points[spot][0]));
       cursor.setAttribute("x2", px(real[0].points[spot][0]));
       over.dispatchEvent(new Event("pointerenter"));
