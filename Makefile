@@ -11,18 +11,22 @@ install: .venv/installed
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# Chromium, of this system or else of Playwright; it stands outside the repository. axe-core comes
-# with the packages of `make install`.
-install-browser: install
+# What the tests of the pages need: Playwright and axe-core, into .venv, and Chromium, of this system
+# (Debian's, where root may install it) or else of Playwright, which keeps it outside the repository.
+install-browser: .venv/browser-installed
+
+.venv/browser-installed: .venv/installed
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[dev,browser]'
 	command -v chromium || command -v chromium-browser || \
 	  (apt-get update -q && apt-get install -y -q --no-install-recommends chromium) || \
 	  $(RUN) -m playwright install chromium
+	touch $@
 
 quickstart: install
 	$(RUN) scripts/quickstart.py
 
 test: install
-	$(RUN) -m pytest -n 2
+	$(RUN) -m pytest -n 2 --dist loadgroup
 
 exchange: install
 	$(RUN) scripts/exchange.py

@@ -42,6 +42,8 @@ from sae.store import OWN_KEYS, Run, read_manifest, write_manifest
 TOKEN = "token-of-the-test"
 FEATURE = 30
 
+pytestmark = pytest.mark.xdist_group("browser")  # one run, one server and one Chromium for all
+
 
 @pytest.fixture(scope="module")
 def pages(made: Planted) -> Pages:
@@ -387,7 +389,7 @@ def test_the_verb_says_where_the_pages_are(
     made: Planted, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, shown = str(made.folder.parents[1]), []
-    monkeypatch.setattr(server, "serve", lambda pages, listening: shown.extend(pages))
+    monkeypatch.setattr(server, "serve", lambda pages, *_: shown.extend(pages))
     assert cli.main(["browse", run, run]) == 0
     assert re.match(
         r"2 feature dictionaries at http://127\.0\.0\.1:\d+/\n", capsys.readouterr().out
@@ -596,6 +598,13 @@ def poisoned(made: Planted, tmp_path_factory: pytest.TempPathFactory) -> Pages:
     return poison(made, tmp_path_factory.mktemp("hostile") / "<img src=x onerror=alert(1)>")
 
 
+GO = """place => {
+  SAE.drawn = null;
+  history.replaceState(null, "", place);
+  dispatchEvent(new Event("hashchange"));
+}"""
+
+
 def visible_text(text: str) -> bool:
     """Whether the pages show it as it is: short, and nothing that needs a sign."""
     return 0 < len(text) <= 60 and text.isprintable() and text == text.strip()
@@ -615,11 +624,12 @@ def test_hostile_text_stays_text(browser: Any, poisoned: Pages, tmp_path: Path, 
         tab.on("pageerror", lambda error: wrong.append(str(error)))
 
         def show(place: str) -> None:
-            tab.goto("about:blank")
-            tab.goto(base + place)
-            tab.wait_for_selector("main:not([aria-busy])")
+            tab.evaluate(GO, place)
+            until(lambda: tab.evaluate("SAE.drawn !== null"))
             assert tab.evaluate("window.__xss") is None and "owned" not in tab.title()
 
+        tab.goto(base)
+        tab.wait_for_selector("main:not([aria-busy])")
         records = poisoned.dictionary.records(range(D_SAE))
         for feature in range(0, D_SAE, 6):
             show(f"#/0/feature/{feature}?width=full&lines=1")
@@ -705,8 +715,10 @@ PLACES_OF_ALL = ("features", "feature/30", "map", "run", "compare", "text")
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_serious(browser: Any, site: str, scheme: str) -> None:
+@pytest.mark.parametrize(("scheme", "rules"), [("light", None), ("dark", ["color-contrast"])])
+def test_axe_finds_nothing_serious(
+    browser: Any, site: str, scheme: str, rules: list[str] | None
+) -> None:
     module = wanted("axe_playwright_python")
     axe = (Path(module.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
     context = browser.new_context(bypass_csp=True, color_scheme=scheme)
@@ -716,7 +728,9 @@ def test_axe_finds_nothing_serious(browser: Any, site: str, scheme: str) -> None
         tab.goto(f"{site}/#/0/{place}")
         tab.wait_for_selector("main:not([aria-busy])")
         tab.evaluate(axe)
-        for wrong in tab.evaluate("() => axe.run()")["violations"]:
+        for wrong in tab.evaluate("rules => axe.run(rules ? {runOnly: rules} : {})", rules)[
+            "violations"
+        ]:
             if wrong["impact"] in ("serious", "critical"):
                 found += [(place, wrong["id"], node["html"][:120]) for node in wrong["nodes"][:3]]
         tab.close()

@@ -27,6 +27,7 @@ from tiny import TOKENS, overrides, save
 import sae
 from sae import cli, planning, training
 from sae.autoencoder import SparseAutoencoder
+from sae.browser import server
 from sae.records import FeatureDictionary
 from sae.store import Run, sha256
 
@@ -445,16 +446,22 @@ def test_what_stands_behind_an_option_is_its_value(args: list[str], kept: list[s
 
 
 def test_next_commands_of_several_saes_run_as_they_are(
-    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    place: Place,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = str(tmp_path / "my run")
+    monkeypatch.setattr(server, "serve", lambda *_: None)
     assert cli.main(["train", *flags(place.folder, output=run, hookpoints="layers.*.mlp_act")]) == 0
     *_, told = capsys.readouterr().out.splitlines()
     assert f"sae top '{run}' --sae layers.0.mlp_act" in told
     for command in told.removeprefix("next: ").split("; ")[:2]:
         assert cli.main(shlex.split(command)[1:]) == 0
     *_, told = capsys.readouterr().out.splitlines()
-    top, export = told.removeprefix("next: ").split("; ")
+    browse, top, export = told.removeprefix("next: ").split("; ")
+    assert cli.main(shlex.split(browse)[1:]) == 0
+    assert "at http://127.0.0.1:" in capsys.readouterr().out
     assert cli.main(shlex.split(top)[1:]) == 0
     assert "--feature" in capsys.readouterr().out
     assert cli.main(shlex.split(export.replace("DIR", str(tmp_path / "out")))[1:]) == 0

@@ -31,7 +31,7 @@
 
   let drawing = 0;
   async function draw() {
-    const mine = ++drawing, here = where();
+    const mine = ++drawing, here = where(), asked = location.hash;
     SAE.tip.hidden = true;
     if (SAE.leave) { SAE.leave(); SAE.leave = null; }
     if (here.dictionary >= SAE.index.length) here.dictionary = 0;
@@ -50,6 +50,7 @@
     }
     if (mine !== drawing) return;
     main.removeAttribute("aria-busy");
+    SAE.drawn = asked;
     if (draw.before) scrollTo(0, 0);
     draw.before = true;
     say(document.title);
