@@ -5,7 +5,8 @@ features; then each block is small enough to hold, and everything about a featur
 histogram, examples) is exact, because all the tokens on which it fires are at hand. Memory holds
 one chunk of activations and one block at a time, never the [tokens d_sae] matrix: beside the
 model's and the SAEs' own weights it takes at most `ScanSettings.memory`, 1 GB, whatever d_sae is,
-and some 150 bytes for every scanned token. scripts/measure_scan_memory.py measures it.
+128 MB of neurons for an SAE on neurons, and some 150 bytes for every scanned token.
+scripts/measure_scan_memory.py measures it.
 """
 
 import contextlib
@@ -28,12 +29,14 @@ from torch import Tensor
 from sae import hooks
 from sae.activations import forward_passes, read
 from sae.autoencoder import SparseAutoencoder
+from sae.company import Cofiring, NeuronSample
 from sae.data import TokenBatch
 from sae.errors import DataError, ModelError
 from sae.formats.card import write_card
 from sae.geometry import effective_number
 from sae.hooks import Hookpoint
 from sae.memory import MicroBatch
+from sae.plane import places
 from sae.records import EXAMPLES_SCHEMA, FEATURES_SCHEMA, INTERVALS
 from sae.store import WEIGHTS, sha256, staged
 from sae.text import TokenPieces
@@ -215,12 +218,16 @@ class _Spill:
         width = -(-sae.d_sae // settings.blocks)
         self.starts = list(range(0, sae.d_sae, width))
         self.blocks = [(a, min(a + width, sae.d_sae)) for a in self.starts]
-        self.fired = np.zeros(sae.d_sae, np.int64)
+        self.cofiring = Cofiring(folder / "fired", sae.d_sae)
+        self.neurons = NeuronSample(sae.d_in) if hookpoint.site == "mlp_act" else None
 
     def add(self, x: Float[Tensor, "n d_in"], numbers: Int[Tensor, " n"]) -> None:
         """Encode and set down; `numbers` are the tokens' places in the scan, ascending."""
-        for _, entries in self.chunk.split(len(x), lambda t: self._entries(x[t], numbers[t])):
+        for part, entries in self.chunk.split(len(x), lambda t: self._entries(x[t], numbers[t])):
             self._append(entries)
+            self.cofiring.add(entries["feature"], entries["token"], numbers[part].numpy())
+        if self.neurons is not None:
+            self.neurons.add(numbers.numpy(), lambda kept: x[kept].float().cpu().numpy())
 
     def _entries(self, x: Float[Tensor, "n d_in"], numbers: Int[Tensor, " n"]) -> ndarray:
         """What fires, by feature, then token."""
@@ -239,7 +246,6 @@ class _Spill:
         return entries
 
     def _append(self, entries: ndarray) -> None:
-        self.fired += np.bincount(entries["feature"], minlength=len(self.fired))
         cuts = np.searchsorted(entries["feature"], [*self.starts, self.sae.d_sae])
         for block, (a, b) in enumerate(itertools.pairwise(cuts)):
             if b > a:
@@ -256,14 +262,22 @@ class _Spill:
                 own = entries[cuts[feature - start] : cuts[feature - start + 1]]
                 yield feature, _Firings(own["token"].copy(), own["value"].copy())
 
+    def company(self, feature: int, firings: "_Firings", listed: int) -> dict[str, Any]:
+        """The columns of what fires with a feature."""
+        found = {"cofiring": _paired("feature", self.cofiring.of(feature, firings.token, listed))}
+        if self.neurons is not None:
+            correlated = self.neurons.of(firings.token, firings.value, listed)
+            found["correlated_neurons"] = _paired("neuron", correlated)
+        return found
+
     def _affordable(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Features `start` to `stop` in runs of few enough entries: one, unless they are dense."""
-        first, held = start, 0
+        first, held, fired = start, 0, self.cofiring.fired
         for feature in range(start, stop):
-            if held and held + self.fired[feature] > self.entries_at_once:
+            if held and held + fired[feature] > self.entries_at_once:
                 yield first, feature
                 first, held = feature, 0
-            held += self.fired[feature]
+            held += fired[feature]
         yield first, stop
 
     def _load(self, block: int, start: int, stop: int) -> ndarray:
@@ -518,7 +532,11 @@ def _product(rows: Float[Tensor, "n d"], matrix: Tensor) -> Float[Tensor, "n m"]
 
 
 def _pairs(name: str, ids: list[int], values: list[float]) -> list[dict[str, Any]]:
-    return [{name: i, "value": value} for i, value in zip(ids, values, strict=True)]
+    return _paired(name, zip(ids, values, strict=True))
+
+
+def _paired(name: str, pairs: Iterable[tuple[int, float]]) -> list[dict[str, Any]]:
+    return [{name: i, "value": value} for i, value in pairs]
 
 
 def _histograms(scores: Float[Tensor, "n vocab"], bins: int) -> list[dict[str, Any] | None]:
@@ -584,6 +602,7 @@ def _write(
     settings: ScanSettings,
 ) -> Path:
     """One SAE's features folder: both tables, the tokens, the card, the manifest."""
+    xy, how = places(_Directions(effects), settings.chunk_bytes)
     manifest = {
         **source,
         "hookpoint": hookpoint,
@@ -591,17 +610,23 @@ def _write(
         "d_sae": spill.sae.d_sae,
         "tokens": text.n_tokens,
         "sequences": len(text.ids),
+        "map": how,
         **{name: getattr(settings, name) for name in ("seed", "top", "per_interval", "random")},
     }
     with staged(sae_folder / "features", extra=manifest, overwrite=True) as folder:
-        _write_tables(folder, spill, effects, text, settings)
+        _write_tables(folder, spill, effects, xy, text, settings)
         text.save(folder / "tokens.safetensors")
         write_card(folder, "parquet", manifest)
     return sae_folder / "features"
 
 
 def _write_tables(
-    folder: Path, spill: _Spill, effects: _Effects, text: _Text, settings: ScanSettings
+    folder: Path,
+    spill: _Spill,
+    effects: _Effects,
+    xy: Float[ndarray, "d_sae 2"],
+    text: _Text,
+    settings: ScanSettings,
 ) -> None:
     """Few features at a time: statistics and weights to features.parquet, picks to examples.
 
@@ -616,7 +641,9 @@ def _write_tables(
             weights = effects.columns(start, stop)
             rows, picks = [], _Examples(text)
             for (feature, firings), row in zip(spill.firings(block), weights, strict=True):
-                rows.append({"feature": feature, **firings.statistics(text, settings), **row})
+                row |= firings.statistics(text, settings)
+                row |= spill.company(feature, firings, settings.listed)
+                rows.append(row | {"feature": feature, "map_xy": xy[feature].tolist()})
                 random = np.random.default_rng([settings.seed, feature])
                 for pick in firings.examples(text, settings, random):
                     picks.add(feature, firings, pick)
@@ -626,6 +653,20 @@ def _write_tables(
                     rows, picks = [], _Examples(text)
             features.flush()
             examples.flush()
+
+
+class _Directions:
+    """The decoder directions, each of norm 1, some at a time: rows for the map."""
+
+    def __init__(self, effects: _Effects) -> None:
+        self._effects = effects
+
+    def __len__(self) -> int:
+        return len(self._effects.W_dec)
+
+    def __getitem__(self, which: ndarray) -> Float[ndarray, "m d_out"]:
+        rows = self._effects.W_dec[which].float() / self._effects.norms[which, None]
+        return rows.cpu().numpy()
 
 
 class _TableFile:

@@ -144,8 +144,11 @@ class FeatureRecord:
     neighbours: list[FeatureValue]
     """The features with the most similar decoder direction, by cosine."""
     cofiring: list[FeatureValue] | None
+    """The features that fire on the same tokens, by φ, the correlation of firing with firing."""
     correlated_neurons: list[NeuronValue] | None
+    """The neurons whose activations go with its own, by Pearson's r; none where it is too rare."""
     map_xy: list[float] | None
+    """A place on a plane, near features of a like direction; the manifest says how it was found."""
     label: str | None
 
     @property

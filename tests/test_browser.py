@@ -28,7 +28,7 @@ from tiny import TOKENS, overrides, save
 
 from sae import cli, labels
 from sae.browser import server, static
-from sae.browser.geometry import KINDS, decoder, match, principal_axes
+from sae.browser.geometry import KINDS, decoder, match
 from sae.browser.history import Training, history
 from sae.browser.pages import AROUND, FEATURES, TEXT, Pages, script
 from sae.browser.search import mentions
@@ -178,20 +178,6 @@ def test_search_finds_what_is_written(made: Planted, dictionary: FeatureDictiona
     assert found == [f for f, own in texts.items() if any("warranty" in t for t in own)] != []
     assert mentions(dictionary.folder, "no such text", examples=True) == []
     assert set(mentions(dictionary.folder, "a", examples=False)) <= set(range(D_SAE))
-
-
-def test_the_map_is_of_principal_components() -> None:
-    """Planted: points on a plane in ten dimensions, in a frame of its own."""
-    random = np.random.default_rng(1)
-    flat = random.standard_normal((500, 2)) * [5, 1]
-    frame, _ = np.linalg.qr(random.standard_normal((10, 10)))
-    found = principal_axes((flat @ frame[:2] + 3).astype(np.float32))
-    centred = flat - flat.mean(0)
-    distances = np.linalg.norm(centred[:50, None] - centred[None, :50], axis=-1)
-    np.testing.assert_allclose(
-        np.linalg.norm(found[:50, None] - found[None, :50], axis=-1), distances, atol=1e-3
-    )
-    assert principal_axes(np.ones((3, 1), np.float32)).shape == (3, 2)
 
 
 def test_matching_finds_what_was_shuffled_split_and_lost() -> None:

@@ -102,6 +102,30 @@ def test_top_tokens_share_out_the_activation(
     assert whole and all(made.tokenizer.decode([t.token]) == t.piece for t in whole)
 
 
+def test_company_is_that_of_the_matrix(
+    made: Planted, dictionary: FeatureDictionary, acts: np.ndarray
+) -> None:
+    """φ of firing together, Pearson's r with the neurons, and a place for every feature."""
+    kept = made.rows.kept.flatten().numpy()
+    point = Hookpoint.parse(SITE)
+    with torch.no_grad(), capture(made.model, [point]) as found:
+        made.model(made.rows.tokens)
+    neurons, own = found[point].flatten(0, 1).numpy()[kept], acts[kept]
+    for record in dictionary.records(range(D_SAE)):
+        column = own[:, record.feature]
+        assert record.cofiring is not None and record.correlated_neurons is not None
+        for other in record.cofiring:
+            phi = np.corrcoef(column > 0, own[:, other.feature] > 0)[0, 1]
+            assert other.value == pytest.approx(phi, abs=1e-4) and other.feature != record.feature
+        for neuron in record.correlated_neurons:
+            r = np.corrcoef(column, neurons[:, neuron.neuron])[0, 1]
+            assert neuron.value == pytest.approx(r, abs=1e-3)
+        assert record.map_xy is not None and len(record.map_xy) == 2
+    alive = dictionary.records([ALIVE])[0]
+    assert alive.cofiring and alive.correlated_neurons
+    assert dictionary.records([DEAD])[0].cofiring == []
+
+
 def test_examples_hold_the_activations_of_their_row(
     made: Planted, dictionary: FeatureDictionary, acts: np.ndarray
 ) -> None:

@@ -18,7 +18,7 @@ ROWS = (
     "hub untrusted memory",
     "config builtin",
     "store text hooks documents sparsity kernels language_model mirror geometry",
-    "labels",
+    "labels company plane",
     "fingerprint data progress records checkpoint steps concepts",
     "autoencoder browser",
     "activations losses revival",

@@ -137,10 +137,7 @@ def test_no_value_is_nan(made: Planted, dictionary: FeatureDictionary) -> None:
         for column in table.combine_chunks().columns:
             for leaf in floats(column.combine_chunks()):
                 assert np.isfinite(leaf.drop_null().to_numpy()).all(), name
-    assert dictionary.table(["cofiring", "label"]).to_pylist()[0] == {
-        "cofiring": None,
-        "label": None,
-    }
+    assert dictionary.table(["feature", "label"]).to_pylist()[0] == {"feature": 0, "label": None}
 
 
 def test_reading_does_without_torch() -> None:

@@ -198,7 +198,7 @@ def test_a_prompt_has_a_line_for_each_token() -> None:
 def test_pages_need_nothing_computed_later(made: Planted) -> None:
     table = pq.read_table(made.folder / "features/features.parquet")
     assert len(table) == D_SAE
-    assert table["label"].null_count == table["map_xy"].null_count == D_SAE
+    assert table["label"].null_count == D_SAE
 
 
 def evaluation(**changes: Any) -> Evaluation:

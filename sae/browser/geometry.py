@@ -1,4 +1,4 @@
-"""Directions of features: a map of them in two dimensions, and the match of two dictionaries."""
+"""Directions of features, and the match of two dictionaries by them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,9 +12,6 @@ from sae.errors import RunError
 from sae.store import WEIGHTS
 from sae.untrusted import read_header
 
-SAMPLE = 20_000
-"""Features that the axes of the map are fitted on."""
-ROUNDS = 12
 AT_ONCE = 1 << 24
 """Cosines in memory at a time."""
 SAME, KIN = 0.7, 0.4
@@ -36,21 +33,6 @@ def decoder(sae_folder: Path) -> Float[ndarray, "d_sae d_out"]:
         raw = (raw.astype(np.uint32) << 16).view(np.float32)
     rows = raw.astype(np.float32).reshape(entry.shape)
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-
-
-def principal_axes(rows: Float[ndarray, "n d"]) -> Float[ndarray, "n 2"]:
-    """The two principal components of rows, by subspace iteration on a sample of them."""
-    random = np.random.default_rng(0)
-    chosen = random.permutation(len(rows))[:SAMPLE]
-    mean = rows[chosen].mean(0)
-    sample = rows[chosen] - mean
-    axes = random.standard_normal((rows.shape[1], min(8, rows.shape[1])))
-    for _ in range(ROUNDS):
-        axes, _ = np.linalg.qr(sample.T @ (sample @ axes))
-    _, _, turn = np.linalg.svd(sample @ axes, full_matrices=False)
-    found = (rows - mean) @ (axes @ turn[:2].T)
-    pad = np.zeros((len(rows), 2 - found.shape[1]))
-    return np.concatenate([found, pad], axis=1).astype(np.float32)
 
 
 def match(ours: Float[ndarray, "n d"], theirs: Float[ndarray, "m d"]) -> Mapping[str, Any]:

@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from sae.browser.geometry import KINDS, decoder, match, principal_axes
+from sae.browser.geometry import KINDS, decoder, match
 from sae.browser.history import history
 from sae.browser.tables import FeatureRows
 from sae.errors import RunError
 from sae.labels import PERSON, run_of
+from sae.plane import AXES, principal_axes
 from sae.records import Example, FeatureDictionary, FeatureRecord, check_features
 from sae.store import read_manifest
 
@@ -167,7 +168,7 @@ class Pages:
             xy = np.array(column.to_pylist(), np.float32)
             how = str(self.manifest.get("map") or "stored with the dictionary")
         else:
-            xy, how = principal_axes(self._decoder), "principal components of the decoder"
+            xy, how = principal_axes(self._decoder), AXES
         xy = xy if self.chosen is None else xy[self.chosen]
         return {"xy": base64.b64encode(xy.astype("<f4").tobytes()).decode(), "how": how}
 
