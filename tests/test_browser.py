@@ -10,6 +10,7 @@ import itertools
 import json
 import re
 import shutil
+import socket
 import urllib.parse
 from collections.abc import Iterator
 from contextlib import closing
@@ -363,7 +364,7 @@ def test_the_selection_as_parquet(site: str, dictionary: FeatureDictionary) -> N
 
 def test_ports() -> None:
     with server.open_socket() as first, server.open_socket() as second:
-        first.listen()
+        socket.create_connection(first.getsockname()).close()  # nobody is refused before serve()
         assert first.getsockname()[0] == second.getsockname()[0] == "127.0.0.1"
         with pytest.raises(RunError, match="taken"):
             server.open_socket(first.getsockname()[1])
@@ -392,9 +393,9 @@ def test_the_list_sorts_filters_and_opens(page: Any, dictionary: FeatureDictiona
     page.show("#/0/features?show=all")
     assert page.text_content("#count") == f"All {D_SAE} features"
     first = "#rows .row[aria-rowindex='2'] .id"
-    assert page.text_content(first) == str(DENSE)
-    page.click("button.sort:has-text('Max')")
     assert page.text_content(first) == str(dictionary.ranked("max")[0])
+    page.click("button.sort:has-text('Density')")
+    assert page.text_content(first) == str(DENSE)
     page.click("button.sort:has-text('Feature')")
     assert page.text_content(first) == "0"
     page.select_option("#show", "dead")

@@ -8,7 +8,6 @@ import base64
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -273,10 +272,10 @@ def _page(record: FeatureRecord) -> dict[str, Any]:
     found |= {"n_fired": record.n_fired, "intervals": record.intervals}
     for name in ("histogram", "logit_histogram"):
         histogram = getattr(record, name)
-        found[name] = histogram and asdict(histogram)
+        found[name] = histogram and vars(histogram)
     for name in (*tokens, *others):
         items = getattr(record, name)
-        found[name] = items and [[_number(v) for v in asdict(item).values()] for item in items]
+        found[name] = items and [[_number(v) for v in vars(item).values()] for item in items]
     return found
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -274,7 +275,7 @@ def app(
 
 
 def open_socket(port: int | None = None) -> socket.socket:
-    """A socket on 127.0.0.1: at `port`, or at PORT or the next free one.
+    """A listening socket on 127.0.0.1: at `port`, or at PORT or the next free one.
 
     Raises RunError where `port` is taken.
     """
@@ -283,6 +284,7 @@ def open_socket(port: int | None = None) -> socket.socket:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listening.bind((HOST, candidate))
+            listening.listen()  # a browser opened at once waits, instead of being refused
             return listening
         except (OSError, OverflowError):
             listening.close()
@@ -293,8 +295,6 @@ def serve(
     shown: Sequence[Pages | Training], listening: socket.socket, probe_of: ProbeOf | None = None
 ) -> None:
     """Answer until Ctrl-C; `probe_of` loads a model when it is first asked for."""
-    import uvicorn
-
     port = listening.getsockname()[1]
     settings = uvicorn.Config(
         app(shown, port, probe_of=probe_of), log_level="warning", access_log=False, lifespan="off",

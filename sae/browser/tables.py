@@ -1,5 +1,7 @@
 """Rows of a dictionary's tables by feature number, from as few row groups as hold them."""
 
+from collections.abc import Callable
+from functools import cached_property, lru_cache
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -7,6 +9,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+KEPT = 4
+"""Reads of row groups that are kept, some megabytes each."""
 
 
 class FeatureRows:
@@ -23,9 +28,19 @@ class FeatureRows:
         """The rows of features start <= feature < stop; `columns` must hold "feature"."""
         groups = np.flatnonzero((self._last >= start) & (self._first < stop)).tolist()
         with self._lock:
-            table = self._file.read_row_groups(groups, columns=columns, use_threads=False)
+            table = self._read(tuple(groups), None if columns is None else tuple(columns))
         feature = table["feature"].to_numpy()
         return table.filter(pa.array((feature >= start) & (feature < stop)))
+
+    @cached_property
+    def _read(self) -> Callable[[tuple[int, ...], tuple[str, ...] | None], pa.Table]:
+        """Row groups, the last read kept: neighbours are often asked for one after another."""
+
+        def read(groups: tuple[int, ...], columns: tuple[str, ...] | None) -> pa.Table:
+            chosen = None if columns is None else list(columns)
+            return self._file.read_row_groups(list(groups), columns=chosen, use_threads=False)
+
+        return lru_cache(maxsize=KEPT)(read)
 
     def _bounds(self, group: int) -> tuple[int, int]:
         """The least and greatest feature of a row group; an empty one has none."""

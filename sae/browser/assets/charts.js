@@ -72,13 +72,14 @@ SAE.charts = (() => {
     const x0 = Math.min(...xs), x1 = Math.max(...xs, x0 + 1);
     const px = (x) => L + (W - L - 8) * (x - x0) / (x1 - x0);
     const py = (y) => T + (height - T - B) * (1 - (scale(y) - scale(low)) / (scale(high) - scale(low)));
-    for (let i = 0; i <= 3; i++) {
-      const y = log ? low * (high / low) ** (i / 3) : low + (high - low) * i / 3;
+    for (const y of ticks(low, high, log)) {
       svg.append(el("line", { x1: L, x2: W - 8, y1: py(y), y2: py(y), class: "grid" }),
-        el("text", { x: L - 6, y: py(y) + 4, "text-anchor": "end", class: "label" }, number(Number(y.toPrecision(3)))));
+        el("text", { x: L - 6, y: py(y) + 4, "text-anchor": "end", class: "label" }, number(y)));
     }
-    svg.append(el("text", { x: W - 8, y: height - 6, "text-anchor": "end", class: "label" }, `${number(x1)} ${xname}`));
-    svg.append(el("text", { x: L, y: height - 6, class: "label" }, number(x0)));
+    for (const x of ticks(x0, x1, false)) {
+      if (x > x0 && px(x) < W - 90) svg.append(el("text", { x: px(x), y: height - 6, "text-anchor": "middle", class: "label" }, short(x)));
+    }
+    svg.append(el("text", { x: W - 8, y: height - 6, "text-anchor": "end", class: "label" }, `${short(x1)} ${xname}`));
     real.forEach((s, i) => {
       svg.append(el("polyline", { class: `line line-${i}`, points: s.points.map(([x, y]) => `${px(x).toFixed(1)},${py(y).toFixed(1)}`).join(" ") }));
     });
@@ -101,6 +102,24 @@ SAE.charts = (() => {
     svg.append(cursor, over);
     return svg;
   }
+
+  /** Round numbers in a range: 1, 2 and 5 times powers of ten, or those a round step apart. */
+  function ticks(low, high, log) {
+    const round = (x) => Number(x.toPrecision(12));
+    if (log) {
+      const found = [];
+      for (let p = Math.floor(Math.log10(low)); p <= Math.log10(high); p++) for (const m of [1, 2, 5]) found.push(round(m * 10 ** p));
+      const inside = found.filter((y) => y >= low && y <= high);
+      if (inside.length > 6) return inside.filter((y) => Math.abs(Math.log10(y) % 1) < 1e-9);
+      if (inside.length > 1) return inside;
+    }
+    const power = 10 ** Math.floor(Math.log10((high - low) / 4)), rest = (high - low) / 4 / power;
+    const step = power * (rest > 5 ? 10 : rest > 2 ? 5 : rest > 1 ? 2 : 1);
+    const found = [];
+    for (let k = Math.ceil(low / step); k * step <= high; k++) found.push(round(k * step));
+    return found;
+  }
+  const short = (x) => x >= 1e9 ? `${Number((x / 1e9).toPrecision(3))}G` : x >= 1e6 ? `${Number((x / 1e6).toPrecision(3))}M` : x >= 1e4 ? `${Number((x / 1e3).toPrecision(3))}k` : number(x);
 
   function nearest(points, x) {
     let low = 0, high = points.length - 1;

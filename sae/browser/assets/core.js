@@ -5,7 +5,7 @@
    and nothing here parses HTML. */
 const SAE = (() => {
   const waiting = new Map(), parts = new Map();
-  const MOST_PARTS = 600;
+  const MOST = { rows: 300, features: 24, text: 60 }; // parts of each kind that are kept
   const pages = Object.create(null); // so that an address cannot name what objects inherit
   const token = document.querySelector("meta[name=sae-token]").content;
 
@@ -47,12 +47,10 @@ const SAE = (() => {
   /** Called by the script of a part. */
   function put(key, value) {
     parts.set(key, value);
-    if (parts.size > MOST_PARTS) {
-      for (const old of parts.keys()) {
-        if (parts.size <= MOST_PARTS * 0.8) break;
-        if (/(rows|features|text)-/.test(old)) parts.delete(old);
-      }
-    }
+    const kind = /(rows|features|text)-\d/.exec(key);
+    if (!kind) return;
+    const own = [...parts.keys()].filter((other) => other.includes(`/${kind[1]}-`));
+    if (own.length > MOST[kind[1]]) parts.delete(own[0]);
   }
 
   /** A part of a dictionary, loaded once; `fresh` asks again. */

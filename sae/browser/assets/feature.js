@@ -25,7 +25,8 @@ SAE.feature = (() => {
         card("Activations", histogram(own)), card("Logits", logits(own)),
         card("Promotes", tokenTable(own.writes, "up"), "raises the logits of"), card("Suppresses", tokenTable(own.suppresses, "down"), "lowers the logits of"),
         card("Reads", tokenTable(own.reads, "read"), "embeddings that excite it"), card("Fires on", firesOn(own), "share of its activation"),
-        card("Neurons", neurons(own)), card("Near", near(d, t, own))),
+        card("Neurons", neurons(own)), card("Correlated neurons", correlated(own), "Pearson's r"),
+        card("Nearest", others(d, t, own.neighbours), "decoder cosine"), card("Fires together", others(d, t, own.cofiring), "correlation of firing")),
       examples(d, own, tokens, view, feature),
       provenance(about));
     document.title = `Feature ${feature}`;
@@ -146,17 +147,23 @@ SAE.feature = (() => {
     return el("div", {},
       own.participation === null ? null : el("p", { class: "lead" }, el("b", {}, number(own.participation)), own.participation < 2 ? " neurons: almost one alone" : " neurons at once: its superposition"),
       el("ol", { class: "token-list" }, own.neurons.map(([neuron, weight]) =>
-        bar(el("span", { class: "quiet" }, `neuron ${neuron}`), signed(weight), Math.abs(weight) / most, weight > 0 ? "up" : "down", () => [["neuron", String(neuron)], ["decoder weight", signed(weight)]]))),
-      own.correlated_neurons && own.correlated_neurons.length ? [el("h3", {}, "Correlated neurons"), el("p", { class: "pairs" }, own.correlated_neurons.map(([n, r]) => [el("span", { class: "pair" }, `${n} `, el("small", {}, signed(r))), " "]))] : null);
+        bar(el("span", { class: "quiet" }, `neuron ${neuron}`), signed(weight), Math.abs(weight) / most, weight > 0 ? "up" : "down", () => [["neuron", String(neuron)], ["decoder weight", signed(weight)]]))));
+  }
+  function correlated(own) {
+    if (!own.correlated_neurons) return null;
+    if (!own.correlated_neurons.length) return el("p", { class: "quiet" }, "it fires too rarely to tell");
+    return el("ol", { class: "token-list" }, own.correlated_neurons.map(([neuron, r]) =>
+      bar(el("span", { class: "quiet" }, `neuron ${neuron}`), signed(r), Math.abs(r), r > 0 ? "up" : "down", () => [["neuron", String(neuron)], ["Pearson's r", signed(r)]])));
   }
 
-  function near(d, t, own) {
-    const list = (title, items, show) => items && items.length ? [el("h3", {}, title), el("ol", { class: "token-list" }, items.map(([f, value]) => {
+  /** Other features, with their labels. */
+  function others(d, t, items) {
+    if (!items) return null;
+    if (!items.length) return el("p", { class: "quiet" }, "none");
+    return el("ol", { class: "token-list" }, items.map(([f, value]) => {
       const label = t.labels.get(f);
-      return bar(el("span", {}, link(d, f), label ? el("span", { class: "quiet" }, " " + label.text) : null), show(value), Math.max(0, Math.min(1, Math.abs(value))), "read", () => [["feature", String(f)], [title, show(value)]]);
-    }))] : null;
-    const found = [list("Decoder cosine", own.neighbours, signed), list("Fires together", own.cofiring, signed)].filter(Boolean);
-    return found.length ? el("div", {}, found) : null;
+      return bar(el("span", {}, link(d, f), label ? el("span", { class: "quiet" }, " " + label.text) : null), signed(value), Math.min(1, Math.abs(value)), "read", () => [["feature", String(f)], ...(label ? [["label", label.text]] : []), ["value", signed(value)]]);
+    }));
   }
 
   /* ------------------------------------------------------------------------------- examples */
@@ -182,7 +189,7 @@ SAE.feature = (() => {
     const of = (kind) => own.examples.filter((e) => e.kind === kind).sort((a, b) => a.rank - b.rank);
     const intervals = own.intervals.map(([low, high, count]) => ({
       title: `Interval ${number(low)}–${number(high)}`, note: `holds ${percent(count / Math.max(1, own.n_fired))} of its activations`,
-      items: of("interval").filter((e) => Math.abs(e.high - high) < 1e-3 * own.max) }));
+      items: of("interval").filter((e) => Math.abs(e.high - high) < 1e-3 * own.max).sort((a, b) => b.peak - a.peak) }));
     return [{ title: "Strongest", note: "one a sequence, duplicates folded", items: of("top") }, ...intervals,
       { title: "Random", note: "of all tokens it fires on", items: of("random") }].filter((g) => g.items.length);
   }

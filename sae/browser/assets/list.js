@@ -99,16 +99,19 @@ SAE.list = (() => {
       const pair = (text || "").split("~").map(Number);
       return pair.length === 2 && pair.every(Number.isFinite) ? pair : null;
     };
-    const s = { sort: query.get("sort") in SORTS ? query.get("sort") : "density", down: query.get("up") !== "1",
+    const s = { sort: query.get("sort") in SORTS ? query.get("sort") : "max", down: query.get("up") !== "1",
       show: query.get("show") || "live", q: query.get("q") || "", inside: query.get("in") === "examples", found: null };
     for (const name of RANGES) s[name] = range(query.get(name));
     return s;
   }
-  const write = (d, s) => address(d, "features", { sort: s.sort === "density" ? "" : s.sort, up: s.down ? "" : "1",
+  const write = (d, s) => address(d, "features", { sort: s.sort === "max" ? "" : s.sort, up: s.down ? "" : "1",
     show: s.show === "live" ? "" : s.show, q: s.q, in: s.inside && s.q ? "examples" : "",
     ...Object.fromEntries(RANGES.map((r) => [r, s[r] ? s[r].map((x) => Number(x.toPrecision(6))).join("~") : ""])) });
 
   /* --------------------------------------------------------------------------------- drawing */
+
+  /** A text as it stands in a line of the list: runs of spaces are one. */
+  const oneLine = (text) => visible(text).replace(/ {2,}/g, " ");
 
   function line(d, t, i, rank, total) {
     const feature = idOf(t, i), label = t.labels.get(feature);
@@ -127,7 +130,7 @@ SAE.list = (() => {
       if (!own) return;
       if (own[3]) {
         const [before, token, after] = own[3];
-        text.append(el("bdi", { class: "before" }, visible(before)), el("mark", {}, visible(token)), el("bdi", {}, visible(after)));
+        text.append(el("span", { class: "before" }, el("bdi", {}, oneLine(before))), el("mark", {}, visible(token)), el("bdi", {}, oneLine(after)));
       } else text.append(el("em", {}, "never fires on the scanned text"));
       const shown = own[2].length ? ["promotes ", own[2]] : ["fires on ", own[1]];
       if (!label || own[1].length) tokens.append(el("span", { class: "quiet" }, shown[0]), ...shown[1].map((p) => chip(p)));
@@ -176,6 +179,7 @@ SAE.list = (() => {
   }
 
   const COLUMNS = [["feature", "Feature", "id"], [null, "Strongest example, and what it promotes", "what"], ["density", "Density", "num"], ["max", "Max", "num"], ["participation", "Neurons", "num wide"]];
+  const MEANS = { density: "share of the tokens on which it fires", max: "its strongest activation", participation: "effective number of neurons it writes to" };
 
   /** The whole page. */
   async function page(main, { dictionary: d, query }) {
@@ -199,7 +203,7 @@ SAE.list = (() => {
 
     function drawHeads() {
       heads.replaceChildren(...COLUMNS.map(([name, text, cls]) => el("span", { role: "columnheader", class: cls, "aria-sort": name === s.sort ? (s.down ? "descending" : "ascending") : null },
-        name ? el("button", { type: "button", class: "sort", onclick: () => { if (s.sort === name) s.down = !s.down; else { s.sort = name; s.down = name !== "feature"; } update(); } }, text, el("span", { "aria-hidden": "true" }, name === s.sort ? (s.down ? " ↓" : " ↑") : "")) : text)));
+        name ? el("button", { type: "button", class: "sort", title: MEANS[name] || null, onclick: () => { if (s.sort === name) s.down = !s.down; else { s.sort = name; s.down = name !== "feature"; } update(); } }, text, el("span", { "aria-hidden": "true" }, name === s.sort ? (s.down ? " ↓" : " ↑") : "")) : text)));
     }
     function update() {
       drawHeads();

@@ -2,7 +2,7 @@
 /* All features on a plane, near where their directions are alike; a click opens one. */
 (() => {
   const { el, load, numbers, number, percent, explain } = SAE;
-  const W = 1200, H = 600, EDGE = 16, REACH = 14;
+  const W = 1200, H = 600, EDGE = 16, REACH = 14, MANY = 20000;
   // From dark to light evenly, and readable without telling red from green (after viridis).
   const RAMP = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [223, 205, 40]];
 
@@ -13,18 +13,20 @@
     const dead = el("input", { type: "checkbox" });
     const canvas = el("canvas", { width: W, height: H, id: "map", role: "img", tabindex: 0, "aria-label": `Map of ${number(n)} features; the list holds the same features as text` });
     const legend = el("p", { class: "quiet" }), said = el("p", { class: "quiet", role: "status", id: "under" }, "Point at a feature; click opens it.");
-    main.replaceChildren(el("div", { class: "page-head between" }, el("div", {}, el("h1", {}, "Map"), el("p", { class: "quiet" }, `${number(n)} features; ${raw.how}`)), el("span", { class: "tools" }, el("label", { class: "check" }, "Colour by", by), el("label", { class: "check" }, dead, "dead ones too"))), el("div", { class: "card wide map-holder" }, canvas), legend, said);
+    main.replaceChildren(el("div", { class: "page-head between" }, el("div", {}, el("h1", {}, "Map"), el("p", { class: "quiet" }, `${number(n)} features; ${raw.how}`)), el("span", { class: "tools" }, el("label", { class: "check" }, "Colour by", by), el("label", { class: "check" }, dead, "dead ones too"))), el("div", { class: "between map-said" }, said, legend), el("div", { class: "card wide map-holder" }, canvas));
     const places = place(xy, n), pen = canvas.getContext("2d");
     const shown = (i) => dead.checked || t.n_fired[i] > 0;
     function draw() {
       const colours = tone(t, by.value, legend), size = Math.max(1, Math.min(4, 260 / Math.sqrt(n)));
       pen.clearRect(0, 0, W, H);
-      pen.globalAlpha = n > 20000 ? 0.6 : 0.85;
+      pen.globalAlpha = n > MANY ? 0.6 : 0.85;
       for (let i = 0; i < n; i++) {
         if (!shown(i)) continue;
         pen.fillStyle = colours(i);
+        const x = places[2 * i], y = places[2 * i + 1];
+        if (n > MANY) { pen.fillRect(x - size / 2, y - size / 2, size, size); continue; }
         pen.beginPath();
-        pen.arc(places[2 * i], places[2 * i + 1], size, 0, 7);
+        pen.arc(x, y, size, 0, 7);
         pen.fill();
       }
     }
@@ -50,14 +52,18 @@
     draw();
   }
 
-  /** Pixels for coordinates; the furthest half per cent on each side is drawn at the edge. */
+  /** Pixels for coordinates; where a few lie far from all others, distances from the middle are
+      drawn on a scale that is nearly logarithmic (asinh), so that nothing is out of sight. */
   function place(xy, n) {
     const found = new Float32Array(2 * n);
     for (const axis of [0, 1]) {
       const values = Float32Array.from({ length: n }, (_, i) => xy[2 * i + axis]).sort();
-      const low = values[Math.floor(0.005 * (n - 1))], high = values[Math.ceil(0.995 * (n - 1))] || low + 1, room = (axis ? H : W) - 2 * EDGE;
+      const at = (share) => values[Math.round(share * (n - 1))];
+      const middle = at(0.5), far = at(1) - at(0) > 2 * (at(0.99) - at(0.01)), unit = (at(0.75) - at(0.25)) / 2 || 1;
+      const to = far ? (x) => Math.asinh((x - middle) / unit) : (x) => x;
+      const low = to(at(0)), range = to(at(1)) - low || 1, room = (axis ? H : W) - 2 * EDGE;
       for (let i = 0; i < n; i++) {
-        const share = Math.max(0, Math.min(1, (xy[2 * i + axis] - low) / (high - low || 1)));
+        const share = (to(xy[2 * i + axis]) - low) / range;
         found[2 * i + axis] = EDGE + room * (axis ? 1 - share : share);
       }
     }

@@ -34,7 +34,8 @@ SAE.ranges = (() => {
     }
     function tell() {
       const a = Number(low.value) / STEPS, b = Number(high.value) / STEPS;
-      said.textContent = s[name] ? `${show(s[name][0])} to ${show(s[name][1])}` : "any";
+      said.textContent = `${show(s[name] ? s[name][0] : sc.least)} to ${show(s[name] ? s[name][1] : sc.most)}`;
+      said.classList.toggle("chosen", Boolean(s[name]));
       const chart = charts.bars(counts, edges, { title: `${text}: number of features`, log: true,
         tone: (i) => (i + 0.5) / BINS < a || (i + 0.5) / BINS > b ? "out" : "",
         look: (i) => [[`${show(sc.back(edges[i]))} to ${show(sc.back(edges[i + 1]))}`, `${number(counts[i])} features`]],

@@ -12,7 +12,7 @@ SAE.run = (() => {
     const update = (run) => {
       const now = JSON.stringify(run.curves.tokens);
       if (now !== seen) { seen = now; draw(run, holder, facts, about); }
-      state.textContent = run.curves.tokens.length ? `${number(run.curves.tokens.at(-1))} tokens in ${time(run.seconds)}` + (SAE.served() ? ", looked at every 3 s" : "") : "no step is logged yet";
+      state.textContent = run.curves.tokens.length ? `${number(run.curves.tokens.at(-1))} tokens in ${time(run.seconds)}` + (SAE.served() ? ", looked at again every 3 s" : "") : "no step is logged yet";
     };
     update(await load(`${d}/run`, SAE.served()));
     if (!SAE.served()) return;
@@ -35,7 +35,7 @@ SAE.run = (() => {
     const ce = e.cross_entropy || {};
     const rows = [["FVU", est(e.fvu)], ["L0", est(e.l0)], ["dead", percent(e.dead && e.dead.value)], ["dense", percent(e.dense && e.dense.value)],
       ["cross-entropy recovered, against the mean", est(ce.recovered_mean)], ["cross-entropy recovered, against zero", est(ce.recovered_zero)], ["cross-entropy, the model alone", est(ce.model)], ["cross-entropy, with the SAE", est(ce.sae)]];
-    return el("section", { class: "card wide" }, el("h2", {}, "Held-out text", el("small", {}, `${number(e.n_tokens)} tokens`)), el("table", { class: "facts" }, el("tbody", {}, rows.map(([name, value]) => el("tr", {}, el("th", { scope: "row" }, name), el("td", { class: "num" }, value))))), (e.notes || []).map((n) => el("p", { class: "quiet" }, n)));
+    return el("section", { class: "card wide" }, el("h2", {}, "Held-out text", el("small", {}, `${number(e.n_tokens)} tokens`)), el("table", { class: "facts short" }, el("tbody", {}, rows.map(([name, value]) => el("tr", {}, el("th", { scope: "row" }, name), el("td", { class: "num" }, value))))), (e.notes || []).map((n) => el("p", { class: "quiet" }, n)));
   }
 
   function events(found) {

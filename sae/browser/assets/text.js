@@ -3,7 +3,7 @@
 (() => {
   const { el, number, percent, visible, link, chip, shade, address, keep, say } = SAE;
   const EXAMPLE = "def area(self):\n    return self.width * self.height";
-  const KEPT = 2000, MOST = 8;
+  const KEPT = 2000, MOST = 8, CELLS = 256;
 
   function page(main, { dictionary: d, query }) {
     if (!SAE.served()) {
@@ -49,8 +49,13 @@
       }));
     }
     const label = (f) => { const found = s.table.labels.get(f); return found ? el("span", { class: "quiet" }, " " + found.text) : null; };
-    function line(f, act) {
-      const item = el("li", { class: "read", css: { "--share": Math.min(1, share(f, act)).toFixed(3) } }, el("span", {}, link(d, f), label(f)), el("span", { class: "num" }, number(act), " ",
+    /** A feature over the tokens of the text, from left to right. */
+    const strip = (f) => el("span", { class: "strip", "aria-hidden": "true" }, s.tokens.slice(0, CELLS).map(([, features]) => {
+      const found = features.find(([g]) => g === f);
+      return el("i", { css: { "--share": found ? Math.min(1, share(f, found[1])).toFixed(2) : 0 } });
+    }));
+    function line(f, act, withStrip = false) {
+      const item = el("li", { class: "read", css: { "--share": Math.min(1, share(f, act)).toFixed(3) } }, el("span", {}, link(d, f), label(f)), withStrip ? strip(f) : null, el("span", { class: "num" }, number(act), " ",
         el("button", { type: "button", class: "plain", "aria-label": `Ablate feature ${f}`, onclick: () => change(f, 0, 0) }, "ablate"), el("button", { type: "button", class: "plain", "aria-label": `Amplify feature ${f}`, onclick: () => change(f, 1, 1) }, "amplify")));
       item.addEventListener("pointerenter", () => { s.only = f; drawTokens(); });
       item.addEventListener("pointerleave", () => { s.only = undefined; drawTokens(); });
@@ -66,7 +71,7 @@
       for (const [, features] of s.tokens) for (const [f, a] of features) if (!(best.get(f) >= a)) best.set(f, a);
       const top = [...best].sort((a, b) => share(...b) - share(...a)).slice(0, MOST);
       strongest.hidden = !top.length;
-      strongest.replaceChildren(el("h2", {}, "Strongest in this text", el("small", {}, "against each one's own maximum")), el("ol", { class: "token-list" }, top.map(([f, a]) => line(f, a))));
+      strongest.replaceChildren(el("h2", {}, "Strongest in this text", el("small", {}, "against each one's own maximum; each strip is the text from left to right")), el("ol", { class: "token-list" }, top.map(([f, a]) => line(f, a, true))));
     }
 
     /* ------------------------------------------------------------------------------ changing */
