@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
-from scipy.sparse import csr_array
 
 TOKENS_COUNTED = 2048
 """Tokens on which a feature's co-firing is counted; evenly spaced ones where it fires on more."""
@@ -22,6 +21,8 @@ FIRINGS_COUNTED = 1 << 22
 """Firings of other features in memory at a time; where there would be more, fewer tokens count."""
 SAMPLE_BYTES = 1 << 27
 """Of the neurons of drawn tokens."""
+ROWS = 1024
+"""Of them that are multiplied at a time."""
 FIRINGS = 5
 """Drawn tokens that a feature must fire on before its correlations are told."""
 
@@ -139,9 +140,12 @@ class NeuronSample:
         if there.sum() < FIRINGS:
             return []
         place, value = place[there], value[there].astype(np.float64)
-        row = csr_array((value, place, [0, len(place)]), shape=(1, n))
         mean, spread = self._moments
-        covariance = np.asarray(row @ self._x[:n]).ravel() / n - value.sum() / n * mean
+        together = np.zeros(self._x.shape[1])
+        for start in range(0, len(place), ROWS):
+            part = slice(start, start + ROWS)
+            together += value[part].astype(np.float32) @ self._x[place[part]]
+        covariance = together / n - value.sum() / n * mean
         own = np.sqrt(max((value**2).sum() / n - (value.sum() / n) ** 2, 1e-30))
         r = covariance / np.maximum(own * spread, 1e-30)
         r[spread < 1e-12] = 0  # a neuron that never changes

@@ -59,6 +59,11 @@ class Pages:
         self._features = FeatureRows(folder / "features.parquet")
         self._examples = FeatureRows(folder / "examples.parquet")
 
+    @cached_property
+    def _labelled(self) -> bool:
+        """Whether the table itself has labels, beside those of the run."""
+        return self._features.has_values("label")
+
     @property
     def name(self) -> str:
         """RUN / SAE, as far as the folder says."""
@@ -89,12 +94,15 @@ class Pages:
 
     def labels(self) -> dict[str, Any]:
         """Labels as [feature, text, whether a machine made it]."""
-        column = self.dictionary.table(["feature", "label"])
-        made = {f for f, label in self.dictionary.labels().items() if label.by != PERSON}
-        there = column.filter(column["label"].is_valid())
-        rows = zip(there["feature"].to_pylist(), there["label"].to_pylist(), strict=True)
-        wanted = None if self.chosen is None else set(self.chosen)
-        found = [[f, text, f in made] for f, text in rows if wanted is None or f in wanted]
+        given = self.dictionary.labels()
+        rows = {feature: label.text for feature, label in given.items() if feature < self.d_sae}
+        if self._labelled:
+            column = self.dictionary.table(["feature", "label"])
+            there = column.filter(column["label"].is_valid())
+            pairs = zip(there["feature"].to_pylist(), there["label"].to_pylist(), strict=True)
+            rows = dict(pairs) | rows
+        made = {feature for feature, label in given.items() if label.by != PERSON}
+        found = [[f, rows[f], f in made] for f in sorted(rows) if self._has(f)]
         return {"labels": found, "editable": self.run is not None}
 
     def rows(self, part: int) -> list[Any]:

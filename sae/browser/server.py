@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import lru_cache
-from threading import Lock
+from threading import Lock, Thread
 from typing import Any
 
 import pyarrow as pa
@@ -43,6 +43,8 @@ PORT = 8765
 BODY_BYTES = 1 << 24
 """Enough for the numbers of a million features."""
 PARTS_KEPT = 256
+FIXED = ("columns", "rows-", "features-", "text-", "compare-", "map")
+"""Parts that labels and a training run do not change."""
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -147,11 +149,17 @@ class Site:
                 text = script("index", [pages.about() for pages in self.shown])
             else:
                 number, _, part = key.partition("/")
-                kept = part.startswith(("rows-", "features-", "text-", "compare-", "map"))
+                kept = part.startswith(FIXED)
                 text = (self._script if kept else self._part)(number, part)
         except SAEError as error:
             return Response(str(error), 404, HEADERS, "text/plain")
         return Response(text, headers=HEADERS, media_type=TYPES[".js"])
+
+    def warm(self) -> None:
+        """Make what the list begins with before it is asked for."""
+        for number, pages in enumerate(self.shown):
+            if isinstance(pages, Pages):
+                self._script(str(number), "columns")
 
     def _part(self, number: str, part: str) -> str:
         name, _, other = part.partition("-")
@@ -264,14 +272,18 @@ def app(
 ) -> ASGIApp:
     """The server as an ASGI application that answers to `port` of this machine."""
     token = token or secrets.token_urlsafe(32)
-    site = Site(shown, token, probe_of)
+    return _guarded(Site(shown, token, probe_of), port)
+
+
+def _guarded(site: Site, port: int) -> ASGIApp:
     routes = [
         Route("/", site.index),
         Route("/assets/{name}", site.asset),
         Route("/data/{key:path}", site.data),
         Route("/api/{what}", site.ask, methods=["POST"]),
     ]
-    return Guard(Starlette(routes=routes, exception_handlers={404: _lost, 405: _lost}), token, port)
+    routed = Starlette(routes=routes, exception_handlers={404: _lost, 405: _lost})
+    return Guard(routed, site.token, port)
 
 
 def open_socket(port: int | None = None) -> socket.socket:
@@ -295,9 +307,11 @@ def serve(
     shown: Sequence[Pages | Training], listening: socket.socket, probe_of: ProbeOf | None = None
 ) -> None:
     """Answer until Ctrl-C; `probe_of` loads a model when it is first asked for."""
+    site = Site(shown, secrets.token_urlsafe(32), probe_of)
     port = listening.getsockname()[1]
+    Thread(target=site.warm, daemon=True).start()
     settings = uvicorn.Config(
-        app(shown, port, probe_of=probe_of), log_level="warning", access_log=False, lifespan="off",
+        _guarded(site, port), log_level="warning", access_log=False, lifespan="off",
         server_header=False, ws="none", timeout_graceful_shutdown=2,
     )  # fmt: skip
     uvicorn.Server(settings).run(sockets=[listening])

@@ -19,7 +19,10 @@ class FeatureRows:
 
     def __init__(self, file: Path) -> None:
         self._file, self._lock = pq.ParquetFile(file), Lock()
-        groups = range(self._file.metadata.num_row_groups)
+        self._meta = self._file.metadata
+        paths = (self._meta.schema.column(i).path for i in range(len(self._meta.schema)))
+        self._places = {path: i for i, path in enumerate(paths)}
+        groups = range(self._meta.num_row_groups)
         bounds = [self._bounds(group) for group in groups]
         self._first = np.array([first for first, _ in bounds], np.int64)
         self._last = np.array([last for _, last in bounds], np.int64)
@@ -31,6 +34,15 @@ class FeatureRows:
             table = self._read(tuple(groups), None if columns is None else tuple(columns))
         feature = table["feature"].to_numpy()
         return table.filter(pa.array((feature >= start) & (feature < stop)))
+
+    def has_values(self, column: str) -> bool:
+        """Whether a flat column holds anything but nulls, as far as the file's statistics say."""
+        for group in range(self._meta.num_row_groups):
+            rows = self._meta.row_group(group)
+            found: Any = rows.column(self._places[column]).statistics
+            if found is None or not found.has_null_count or found.null_count < rows.num_rows:
+                return True
+        return False
 
     @cached_property
     def _read(self) -> Callable[[tuple[int, ...], tuple[str, ...] | None], pa.Table]:
@@ -44,10 +56,10 @@ class FeatureRows:
 
     def _bounds(self, group: int) -> tuple[int, int]:
         """The least and greatest feature of a row group; an empty one has none."""
-        meta = self._file.metadata.row_group(group)
+        meta = self._meta.row_group(group)
         if not meta.num_rows:
             return 1, 0
-        column: Any = meta.column(self._file.schema_arrow.get_field_index("feature"))
+        column: Any = meta.column(self._places["feature"])
         if column.statistics is not None and column.statistics.has_min_max:
             return column.statistics.min, column.statistics.max
         values = self._file.read_row_group(group, columns=["feature"])["feature"].to_numpy()

@@ -64,15 +64,14 @@ SAE.feature = (() => {
 
   /** The features before and after in the order of the list, if one was seen, else by number. */
   function neighbours(d, t, feature) {
-    const seen = SAE.state.list && SAE.state.list.d === d ? SAE.state.list.ids() : null;
-    const at = seen ? seen.indexOf(feature) : -1;
+    const seen = SAE.state.list && SAE.state.list.d === d ? SAE.state.list.around(feature) : null;
     const place = SAE.list.placeOf(t, feature), id = (i) => SAE.list.idOf(t, (i + t.n) % t.n);
     let random = feature;
     for (let tries = 0; tries < 200; tries++) {
       const i = Math.floor(Math.random() * t.n);
       if (t.n_fired[i] > 0 && id(i) !== feature) { random = id(i); break; }
     }
-    if (at >= 0) return { previous: seen[(at - 1 + seen.length) % seen.length], next: seen[(at + 1) % seen.length], random };
+    if (seen) return { ...seen, random };
     return { previous: id(place - 1), next: id(place + 1), random };
   }
 

@@ -33,10 +33,10 @@ SAE.list = (() => {
     let from = new Uint32Array(n), to = new Uint32Array(n);
     for (let i = 0; i < n; i++) from[i] = i;
     if (name !== "feature") {
-      const bits = new Uint32Array(t[name].buffer.slice(0)), keys = bits;
+      const column = t[name], keys = new Uint32Array(column.buffer.slice(0));
       for (let i = 0; i < n; i++) {
-        const b = bits[i];
-        keys[i] = Number.isNaN(t[name][i]) ? 0xffffffff : b & 0x80000000 ? ~b : b | 0x80000000;
+        const bits = keys[i];
+        keys[i] = column[i] !== column[i] ? 0xffffffff : bits & 0x80000000 ? ~bits : bits | 0x80000000;
       }
       for (let shift = 0; shift < 33; shift += 11) {
         const counts = new Uint32Array(2049);
@@ -231,9 +231,16 @@ SAE.list = (() => {
     inside.addEventListener("change", () => { s.inside = inside.checked; if (s.q) find(); });
     show.addEventListener("change", () => { s.show = show.value; update(); });
     scroller.addEventListener("keydown", (event) => move(event, scroller));
-    await SAE.ranges.draw(plots, t, s, update);
     if (s.q) await find(); else update();
-    SAE.state.list = { d, ids: () => Array.from(places, (i) => idOf(t, i)) };
+    SAE.state.list = { d, around: (feature) => around(t, places, feature) };
+    await new Promise(requestAnimationFrame); // the list is there first
+    SAE.ranges.draw(plots, t, s, update);
+  }
+
+  /** The features before and after one in the order of the list; null where it is not in it. */
+  function around(t, places, feature) {
+    const at = places.indexOf(placeOf(t, feature)), n = places.length;
+    return at < 0 ? null : { previous: idOf(t, places[(at - 1 + n) % n]), next: idOf(t, places[(at + 1) % n]) };
   }
 
   /** Arrow keys go from line to line. */

@@ -2,31 +2,32 @@
 /* All features on a plane, near where their directions are alike; a click opens one. */
 (() => {
   const { el, load, numbers, number, percent, explain } = SAE;
-  const W = 1200, H = 600, EDGE = 16, REACH = 14, MANY = 20000;
+  const W = 1200, H = 600, EDGE = 16, REACH = 14, MANY = 20000, SHADES = 64;
   // From dark to light evenly, and readable without telling red from green (after viridis).
   const RAMP = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [223, 205, 40]];
 
   async function page(main, { dictionary: d }) {
     const [t, raw] = await Promise.all([SAE.list.table(d), load(`${d}/map`)]);
-    const xy = numbers(raw.xy), n = t.n;
+    const n = t.n, places = place(numbers(raw.xy), n);
+    if (n > MANY) SAE.forget(`${d}/map`);
     const by = el("select", { id: "colour", "aria-label": "Colour by" }, [["density", "density"], ["max", "strongest activation"], ["label", "label"]].map(([value, text]) => el("option", { value }, text)));
     const dead = el("input", { type: "checkbox" });
     const canvas = el("canvas", { width: W, height: H, id: "map", role: "img", tabindex: 0, "aria-label": `Map of ${number(n)} features; the list holds the same features as text` });
     const legend = el("p", { class: "quiet" }), said = el("p", { class: "quiet", role: "status", id: "under" }, "Point at a feature; click opens it.");
     main.replaceChildren(el("div", { class: "page-head between" }, el("div", {}, el("h1", {}, "Map"), el("p", { class: "quiet" }, `${number(n)} features; ${raw.how}`)), el("span", { class: "tools" }, el("label", { class: "check" }, "Colour by", by), el("label", { class: "check" }, dead, "dead ones too"))), el("div", { class: "between map-said" }, said, legend), el("div", { class: "card wide map-holder" }, canvas));
-    const places = place(xy, n), pen = canvas.getContext("2d");
+    const pen = canvas.getContext("2d");
     const shown = (i) => dead.checked || t.n_fired[i] > 0;
     function draw() {
-      const colours = tone(t, by.value, legend), size = Math.max(1, Math.min(4, 260 / Math.sqrt(n)));
+      const { palette, pick } = tone(t, by.value, legend);
       pen.clearRect(0, 0, W, H);
-      pen.globalAlpha = n > MANY ? 0.6 : 0.85;
+      if (n > MANY) { fill(pen, places, palette, pick, shown); return; }
+      const size = Math.max(1.5, Math.min(4, 260 / Math.sqrt(n))), styles = palette.map((c) => `rgb(${c})`);
+      pen.globalAlpha = 0.85;
       for (let i = 0; i < n; i++) {
         if (!shown(i)) continue;
-        pen.fillStyle = colours(i);
-        const x = places[2 * i], y = places[2 * i + 1];
-        if (n > MANY) { pen.fillRect(x - size / 2, y - size / 2, size, size); continue; }
+        pen.fillStyle = styles[pick(i)];
         pen.beginPath();
-        pen.arc(x, y, size, 0, 7);
+        pen.arc(places[2 * i], places[2 * i + 1], size, 0, 7);
         pen.fill();
       }
     }
@@ -57,7 +58,9 @@
   function place(xy, n) {
     const found = new Float32Array(2 * n);
     for (const axis of [0, 1]) {
-      const values = Float32Array.from({ length: n }, (_, i) => xy[2 * i + axis]).sort();
+      const values = new Float32Array(n);
+      for (let i = 0; i < n; i++) values[i] = xy[2 * i + axis];
+      values.sort();
       const at = (share) => values[Math.round(share * (n - 1))];
       const middle = at(0.5), far = at(1) - at(0) > 2 * (at(0.99) - at(0.01)), unit = (at(0.75) - at(0.25)) / 2 || 1;
       const to = far ? (x) => Math.asinh((x - middle) / unit) : (x) => x;
@@ -70,16 +73,31 @@
     return found;
   }
 
+  /** Very many features: the last of each pixel, two pixels wide and high. */
+  function fill(pen, places, palette, pick, shown) {
+    const image = pen.createImageData(W, H), pixels = new Uint32Array(image.data.buffer);
+    const colours = palette.map(([r, g, b]) => (220 << 24 | b << 16 | g << 8 | r) >>> 0);
+    for (let i = 0; i < places.length / 2; i++) {
+      if (!shown(i)) continue;
+      const at = Math.floor(places[2 * i + 1]) * W + Math.floor(places[2 * i]), colour = colours[pick(i)];
+      pixels[at] = pixels[at + 1] = pixels[at + W] = pixels[at + W + 1] = colour;
+    }
+    pen.putImageData(image, 0, 0);
+  }
+
+  /** The colours there are, and which of them each feature has; says it in the legend. */
   function tone(t, name, legend) {
+    const GREY = [154, 160, 166];
     if (name === "label") {
       legend.textContent = `${number(t.labels.size)} labelled, in orange`;
-      return (i) => (t.labels.has(SAE.list.idOf(t, i)) ? "#e07b1a" : "#9aa0a6");
+      return { palette: [GREY, [224, 123, 26]], pick: (i) => Number(t.labels.has(SAE.list.idOf(t, i))) };
     }
     let low = Infinity, high = -Infinity;
-    for (const x of t[name]) if (x > 0) { low = Math.min(low, Math.log(x)); high = Math.max(high, Math.log(x)); }
-    const show = name === "density" ? percent : number;
-    legend.replaceChildren("from ", show(Math.exp(low)), " ", el("span", { class: "ramp", "aria-hidden": "true" }, RAMP.map((c) => el("i", { css: { background: `rgb(${c})` } }))), " to ", show(Math.exp(high)), ", log scale");
-    return (i) => (t[name][i] > 0 ? `rgb(${ramp((Math.log(t[name][i]) - low) / (high - low || 1))})` : "#9aa0a6");
+    for (const x of t[name]) if (x > 0) { if (x < low) low = x; if (x > high) high = x; }
+    const show = name === "density" ? percent : number, from = Math.log(low), range = Math.log(high) - from || 1;
+    legend.replaceChildren("from ", show(low), " ", el("span", { class: "ramp", "aria-hidden": "true" }, RAMP.map((c) => el("i", { css: { background: `rgb(${c})` } }))), " to ", show(high), ", log scale");
+    const palette = [GREY, ...Array.from({ length: SHADES }, (_, k) => ramp(k / (SHADES - 1)))];
+    return { palette, pick: (i) => (t[name][i] > 0 ? 1 + Math.round((SHADES - 1) * (Math.log(t[name][i]) - from) / range) : 0) };
   }
   function ramp(share) {
     const at = Math.max(0, Math.min(0.9999, share)) * (RAMP.length - 1), i = Math.floor(at), rest = at - i;

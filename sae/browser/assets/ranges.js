@@ -87,7 +87,7 @@ SAE.ranges = (() => {
     return el("fieldset", { class: "range" }, el("legend", {}, "Density × max ", el("span", { class: "quiet" }, "drag to select")), holder);
   }
 
-  async function draw(plots, t, s, update) {
+  function draw(plots, t, s, update) {
     const density = one(t, s, "density", "Density", update, percent), max = one(t, s, "max", "Max", update, number);
     const neurons = one(t, s, "participation", "Neurons", update, number);
     const made = [density && density.node, max && max.node, neurons && neurons.node, density && max && scatter(t, { density, max })].filter(Boolean);
