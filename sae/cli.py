@@ -490,7 +490,8 @@ def export(args: list[str]) -> None:
     from sae import formats
 
     parser = Parser("export", "RUN --format NAME --out DIR [--feature …]")
-    _add_run(parser)
+    parser.add_argument("run", metavar="RUN", nargs="+", help="folder of a run; html: of several")
+    parser.add_argument("--sae", metavar="NAME", help="which SAE, where the run holds several")
     parser.add_argument("--format", metavar="NAME", help=_listed(formats.FORMATS))
     parser.add_argument("--out", metavar="DIR", help="a new folder")
     parser.add_argument("--feature", metavar="1,5,10-20", help="only these features")
@@ -503,17 +504,40 @@ def export(args: list[str]) -> None:
             raise FormatError(f"--{needed} is missing; sae export RUN --format NAME --out DIR")
     name = str(given["format"])
     formats.check(name)
-    folder = Run(str(given["run"])).sae(_text(given, "sae"))
+    runs, out = [Run(path) for path in cast("list[str]", given["run"])], str(given["out"])
+    if name == "html" and len(folders := list(_sae_folders(runs, _text(given, "sae")))) > 1:
+        _export_pages(folders, out, given)
+        return
+    if len(runs) > 1:
+        raise ConfigError(f"--format {name} takes one RUN, {len(runs)} came; html takes several")
+    folder = runs[0].sae(_text(given, "sae"))
     chosen = None
     if "feature" in given:
         from sae.autoencoder import read_config
 
         chosen = parse_features(str(given["feature"]), read_config(folder)["d_sae"])
-    out = str(given["out"])
     for note in formats.write(name, folder, out, chosen):
         print(visible(note))
     print(f"written {out}")
     print(f"next: {formats.how_to_open(name, out)}")
+
+
+def _sae_folders(runs: Iterable, name: str | None) -> Iterator[Path]:
+    """All SAEs of the runs, or of each the one named."""
+    for run in runs:
+        yield from [run.sae(name)] if name else list(run.saes().values()) or [run.sae()]
+
+
+def _export_pages(folders: list[Path], out: str, given: dict[str, object]) -> None:
+    """Several dictionaries as one folder of pages."""
+    from sae.formats import how_to_open
+    from sae.formats.html import write_several
+
+    if "feature" in given:
+        raise ConfigError("--feature is for one dictionary; name it with --sae, or leave it out")
+    write_several(folders, Path(out))
+    print(f"written {out}, {len(folders)} dictionaries")
+    print(f"next: {how_to_open('html', out)}")
 
 
 @_verb("import", "read an SAE that another tool trained, as a run")

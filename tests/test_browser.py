@@ -159,7 +159,7 @@ def test_a_choice_of_features_has_only_those(made: Planted) -> None:
     chosen = Pages(made.folder / "features", [30, 3])
     assert unpacked(chosen.columns()["features"], "<i4").tolist() == [3, 30]
     keys = [key for key, _ in chosen.parts()]
-    assert [key for key in keys if key.startswith("features")] == ["features-0", "features-1"]
+    assert [key for key in keys if key.startswith("features")] == ["features-0", "features-3"]
     assert [row[0] for row in chosen.rows(0)] == [3, 30]
     with pytest.raises(RunError, match="feature 999"):
         Pages(made.folder / "features", [999])
@@ -384,6 +384,24 @@ def test_the_verb_says_where_the_pages_are(
     assert [pages.d_sae for pages in shown] == [D_SAE, D_SAE]
     assert cli.main(["browse", "nowhere"]) == 2
     assert cli.main(["browse", run, "--port", "0"]) == 2
+
+
+def test_several_dictionaries_are_exported_together(
+    made: Planted, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = str(made.folder.parents[1]), tmp_path / "html"
+    options = ["--format", "html", "--out", str(out)]
+    assert cli.main(["export", run, run, str(trained), *options]) == 0
+    assert "3 dictionaries" in capsys.readouterr().out
+    found = {file.relative_to(out / "data").as_posix() for file in out.rglob("compare-*.js")}
+    wanted = {f"{a}/compare-{b}.js" for a, b in itertools.permutations(range(3), 2)}
+    assert found == wanted
+    assert len(read_manifest(out)["dictionaries"]) == 3
+    assert cli.main(["export", run, run, "--format", "csv", "--out", str(tmp_path / "csv")]) == 2
+    assert "takes one RUN" in capsys.readouterr().err
+    again = [*options[:-1], str(tmp_path / "x"), "--feature", "3"]
+    assert cli.main(["export", run, run, *again]) == 2
+    assert cli.main(["export", run, *again]) == 0
 
 
 # ------------------------------------------------------------------------------------- Chromium

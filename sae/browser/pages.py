@@ -24,7 +24,7 @@ from sae.plane import AXES, principal_axes
 from sae.records import Example, FeatureDictionary, FeatureRecord, check_features
 from sae.store import read_manifest
 
-ROWS, FEATURES, TEXT = 64, 16, 16
+ROWS, FEATURES, TEXT = 64, 8, 16
 """Features of the list, feature pages, and sequences of text in one part."""
 AROUND = 16
 """Tokens each side of the mark that come with an example; the rest is in the text parts."""
