@@ -1,10 +1,10 @@
 """The sparse autoencoder: four tensors and a sparsity.
 
-acts = sparsity((x − b_dec) @ W_enc + b_enc)        recon = acts @ W_dec + b_dec
+acts = sparsity((x − b_dec) @ W_enc + b_enc)        recon = acts @ W_dec + b_dec [+ x @ W_skip]
 """
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from sae import fingerprint, hub
 from sae.config import YAML_BYTES, dump_yaml, parse_yaml
 from sae.errors import ConfigError, FormatError, RunError, suggest
 from sae.fingerprint import FINGERPRINT
+from sae.kernels import site_norms
 from sae.sparsity import Sparsity, make_sparsity
 from sae.store import MANIFEST, WEIGHTS, Run, check_files, write_atomic
 from sae.untrusted import read_limited
@@ -28,9 +29,12 @@ DECODER_NORM = 0.1
 WIDEST = 1 << 28
 _SPARSITY = "sparsity."
 """How the names of the sparsity's tensors begin in the state of a module, but not on the disk."""
-_KEYS = ("format", "d_in", "d_sae", "d_out", "subtract_b_dec", "sparsity", "dtype", "metadata")
+_OPTIONAL = ("skip", "sites", "metadata")
+_KEYS = ("format", "d_in", "d_sae", "d_out", "subtract_b_dec", "sparsity", "dtype", *_OPTIONAL)
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16)}
 
+Scale = float | Float[Tensor, " d"]
+"""What activations are multiplied by: one number, or one for each dimension."""
 
 _CARD = """---
 library_name: sae-toolkit
@@ -58,8 +62,14 @@ class SparseAutoencoder(nn.Module):
     """An autoencoder (or, with another `d_out`, a map) through `d_sae` sparse features.
 
     `subtract_b_dec`: whether the input is centred by b_dec first, which needs d_out == d_in.
-    Raises ConfigError where the settings do not fit together.
+    `skip`: whether a dense map W_skip [d_in d_out] stands beside the features (skip transcoder,
+    Paulo et al. 2025, arXiv:2501.18823). `sites`: widths of the hookpoints that lie side by side in
+    the output (crosscoder, Lindsey et al. 2024, transformer-circuits.pub/2024/crosscoders): a
+    feature has a decoder norm at each, and their sum counts. Raises ConfigError where the settings
+    do not fit together.
     """
+
+    W_skip: nn.Parameter | None
 
     def __init__(
         self,
@@ -69,16 +79,15 @@ class SparseAutoencoder(nn.Module):
         d_out: int | None = None,
         subtract_b_dec: bool = True,
         *,
+        skip: bool = False,
+        sites: Sequence[int] | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         d_out = d_in if d_out is None else d_out
-        if subtract_b_dec and d_out != d_in:
-            raise ConfigError(
-                f"subtract_b_dec: b_dec [{d_out}] cannot centre inputs of width {d_in}; set it to "
-                "false where the output is not the input"
-            )
+        self.sites = (d_out,) if sites is None else tuple(sites)
+        _check_shape(d_in, d_out, subtract_b_dec, skip, self.sites)
         sparsity.check(d_sae)
         sparsity.allocate(d_sae, device, dtype)
         self.sparsity = sparsity
@@ -91,6 +100,7 @@ class SparseAutoencoder(nn.Module):
         self.b_enc = parameter(d_sae)
         self.W_dec = parameter(d_sae, d_out)
         self.b_dec = parameter(d_out)
+        self.register_parameter("W_skip", parameter(d_in, d_out) if skip else None)
         if not self.W_dec.is_meta:
             self.initialise()
 
@@ -100,12 +110,14 @@ class SparseAutoencoder(nn.Module):
         b_dec: Float[Tensor, " d_out"] | None = None,
         generator: torch.Generator | None = None,
         examples: Float[Tensor, "n d_out"] | None = None,
+        *,
+        tied: bool | None = None,
     ) -> None:
-        """Decoder rows of random direction and norm 0.1, W_enc their transpose, biases 0.
+        """Decoder rows of random direction and norm 0.1, W_enc their transpose, biases, W_skip 0.
 
         `b_dec`: the mean of the data. Without a CPU `generator` the weights are those of seed 0.
-        The first n features take the directions of `examples` from b_dec. Where d_out ≠ d_in the
-        encoder gets directions of its own.
+        The first n features take the directions of `examples` from b_dec. Unless `tied`, and where
+        d_out ≠ d_in, the encoder gets directions of its own.
         """
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         self.W_dec.copy_(_directions(self.d_sae, self.d_out, generator))
@@ -114,11 +126,13 @@ class SparseAutoencoder(nn.Module):
             norms = torch.linalg.vector_norm(towards, dim=-1, keepdim=True)
             rows = self.W_dec[: len(towards)]
             rows.copy_(torch.where(norms > 0, DECODER_NORM * towards / norms, rows))
-        if self.d_in == self.d_out:
+        if self.d_in == self.d_out if tied is None else tied:
             self.W_enc.copy_(self.W_dec.T)
         else:
             self.W_enc.copy_(_directions(self.d_sae, self.d_in, generator).T)
         self.b_enc.zero_()
+        if self.W_skip is not None:
+            self.W_skip.zero_()
         self.b_dec.zero_() if b_dec is None else self.b_dec.copy_(b_dec)
 
     @property
@@ -148,8 +162,13 @@ class SparseAutoencoder(nn.Module):
 
     @property
     def decoder_norms(self) -> Float[Tensor, " d_sae"]:
-        """‖W_dec[i]‖ of every feature."""
-        return torch.linalg.vector_norm(self.W_dec, dim=-1)
+        """‖W_dec[i]‖ of every feature, summed over the sites."""
+        return self.site_norms.sum(0)
+
+    @property
+    def site_norms(self) -> Float[Tensor, "sites d_sae"]:
+        """‖W_dec[i]‖ of every feature at each of the sites: how much it writes there."""
+        return site_norms(self.W_dec, self.sites)
 
     def pre(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """(x − b_dec) @ W_enc + b_enc, or without −b_dec, in the dtype of the weights."""
@@ -164,37 +183,43 @@ class SparseAutoencoder(nn.Module):
         return self.sparsity(self.pre(x))
 
     def decode(self, acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_out"]:
-        """acts @ W_dec + b_dec."""
+        """acts @ W_dec + b_dec: all of the reconstruction, unless there is W_skip."""
         return acts @ self.W_dec + self.b_dec
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Output:
         """Pre-activations, activations and reconstruction."""
         pre = self.pre(x)
         acts = self.sparsity(pre)
-        return Output(pre, acts, self.decode(acts))
+        recon = self.decode(acts)
+        if self.W_skip is not None:
+            recon = recon + x.to(self.dtype) @ self.W_skip
+        return Output(pre, acts, recon)
 
-    def folded(self, scale: float, scale_out: float | None = None) -> "SparseAutoencoder":
+    def folded(self, scale: Scale, scale_out: Scale | None = None) -> "SparseAutoencoder":
         """A copy for raw activations of one trained on raw · `scale` (targets: raw · `scale_out`).
 
-        raw in, raw out: W_enc · scale, b_dec / scale_out, W_dec / scale_out, b_enc. Pre-activations
-        and activations stay as they were, and with them all that the sparsity holds (thresholds).
-        Targets have the scale of the inputs where it is not given. Raises ValueError where a scale
-        is not a positive number.
+        raw in, raw out: W_enc · scale, b_dec / scale_out, W_dec / scale_out, b_enc, W_skip ·
+        scale / scale_out. Pre-activations and activations stay as they were, and with them all that
+        the sparsity holds (thresholds). A scale is a number, or one for each dimension; targets
+        have that of the inputs where none is given. Raises ValueError where one is not positive.
         """
         scale_out = scale if scale_out is None else scale_out
         _check_positive(scale, scale_out)
+        rows = scale[:, None] if isinstance(scale, Tensor) else scale
         copy = self._like(device="meta")
         tensors = {
-            "W_enc": self.W_enc * scale,
+            "W_enc": self.W_enc * rows,
             "b_enc": self.b_enc.clone(),
             "W_dec": self.W_dec / scale_out,
             "b_dec": self.b_dec / scale_out,
             **{n: t.clone() for n, t in self.state_dict().items() if n.startswith(_SPARSITY)},
         }
+        if self.W_skip is not None:
+            tensors["W_skip"] = self.W_skip * rows / scale_out
         copy.load_state_dict({n: t.detach() for n, t in tensors.items()}, assign=True)
         return copy
 
-    def unfolded(self, scale: float, scale_out: float | None = None) -> "SparseAutoencoder":
+    def unfolded(self, scale: Scale, scale_out: Scale | None = None) -> "SparseAutoencoder":
         """The inverse of `folded` with these scales, up to rounding."""
         scale_out = scale if scale_out is None else scale_out
         _check_positive(scale, scale_out)
@@ -208,6 +233,8 @@ class SparseAutoencoder(nn.Module):
             sparsity,
             self.d_out,
             self.subtract_b_dec,
+            skip=self.W_skip is not None,
+            sites=self.sites,
             device=device,
             dtype=self.dtype,
         )
@@ -222,7 +249,9 @@ class SparseAutoencoder(nn.Module):
         self.load_state_dict({names[n]: t for n, t in tensors.items()}, assign=True)
 
     def config(self) -> dict[str, Any]:
-        """What cfg.yaml holds, without the metadata."""
+        """What cfg.yaml holds, without the metadata; skip and sites only where there are any."""
+        several = len(self.sites) > 1
+        extras = {"skip": self.W_skip is not None, "sites": [*self.sites] if several else []}
         return {
             "format": FORMAT,
             "d_in": self.d_in,
@@ -231,6 +260,7 @@ class SparseAutoencoder(nn.Module):
             "subtract_b_dec": self.subtract_b_dec,
             "sparsity": {"kind": self.sparsity.kind, **self.sparsity.config()},
             "dtype": str(self.dtype).removeprefix("torch."),
+            **{name: value for name, value in extras.items() if value},
         }
 
     def save_pretrained(
@@ -303,6 +333,8 @@ class SparseAutoencoder(nn.Module):
             make_sparsity(**config["sparsity"]),
             config["d_out"],
             config["subtract_b_dec"],
+            skip=config.get("skip", False),
+            sites=config.get("sites"),
             device="meta",
             dtype=stored,
         )
@@ -368,19 +400,40 @@ def _check_config(config: dict[str, Any]) -> None:
     for key in config:
         if key not in _KEYS:
             raise ConfigError(f"unknown key {key!r}{suggest(str(key), _KEYS)}")
-    if missing := [key for key in _KEYS if key not in config and key != "metadata"]:
+    if missing := [key for key in _KEYS if key not in config and key not in _OPTIONAL]:
         raise ConfigError(f"missing {', '.join(missing)}")
     for key in ("d_in", "d_sae", "d_out"):
         if type(config[key]) is not int or not 1 <= config[key] <= WIDEST:
             shown = repr(config[key])[:40]
             raise ConfigError(f"{key} {shown}: expected a whole number from 1 to {WIDEST:,}")
-    if type(config["subtract_b_dec"]) is not bool:
-        raise ConfigError(f"subtract_b_dec {config['subtract_b_dec']!r}: expected true or false")
+    for key in ("subtract_b_dec", "skip"):
+        if type(config.get(key, False)) is not bool:
+            raise ConfigError(f"{key} {config[key]!r}: expected true or false")
+    sites = config.get("sites", [config["d_out"]])
+    if not isinstance(sites, list) or not all(type(width) is int for width in sites):
+        raise ConfigError(f"sites {str(sites)[:60]}: expected a list of widths")
     if not isinstance(config["dtype"], str) or config["dtype"] not in DTYPES:
         raise ConfigError(f"dtype {config['dtype']!r}: expected one of {', '.join(DTYPES)}")
     if not isinstance(config.get("metadata"), dict | None):
         raise ConfigError(f"metadata {config['metadata']!r}: expected names and values")
+    shape = (config["d_in"], config["d_out"], config["subtract_b_dec"], config.get("skip", False))
+    _check_shape(*shape, sites)
     _check_sparsity(config)
+
+
+def _check_shape(
+    d_in: int, d_out: int, subtract_b_dec: bool, skip: bool, sites: Sequence[int]
+) -> None:
+    """Raise ConfigError on settings of the shape that do not fit together."""
+    if subtract_b_dec and d_out != d_in:
+        raise ConfigError(
+            f"subtract_b_dec: needs d_out equal to d_in, {d_out} and {d_in} came; set it to false "
+            "where the output is not the input"
+        )
+    if subtract_b_dec and skip:
+        raise ConfigError("skip: W_skip reads inputs that are not centred; no subtract_b_dec then")
+    if sum(sites) != d_out or not all(width > 0 for width in sites):
+        raise ConfigError(f"sites {[*sites]}: expected widths that add up to d_out {d_out}")
 
 
 def _check_sparsity(config: dict[str, Any]) -> None:
@@ -393,8 +446,6 @@ def _check_sparsity(config: dict[str, Any]) -> None:
         if key != "kind" and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise ConfigError(f"sparsity.{key} {value!r}: expected a number")
     make_sparsity(**settings).check(config["d_sae"])
-    if config["subtract_b_dec"] and config["d_in"] != config["d_out"]:
-        raise ConfigError("subtract_b_dec true: needs d_out equal to d_in")
 
 
 def _read_tensors(file: Path, model: SparseAutoencoder) -> dict[str, Tensor]:
@@ -419,9 +470,10 @@ def _read_tensors(file: Path, model: SparseAutoencoder) -> dict[str, Tensor]:
     return tensors
 
 
-def _check_positive(*scales: float) -> None:
+def _check_positive(*scales: Scale) -> None:
     for scale in scales:
-        if not 0 < scale < float("inf"):
+        numbers = torch.as_tensor(scale, dtype=torch.float64)
+        if not ((numbers > 0) & numbers.isfinite()).all():
             raise ValueError(f"expected a positive scale, got {scale}")
 
 

@@ -16,7 +16,7 @@ the batch is split. The gradients are set at the very end: a step that fails lea
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -41,6 +41,8 @@ class Weights(Protocol):
     b_enc: nn.Parameter
     W_dec: nn.Parameter
     b_dec: nn.Parameter
+    W_skip: nn.Parameter | None
+    sites: tuple[int, ...]
     subtract_b_dec: bool
 
 
@@ -91,6 +93,14 @@ class Gradients:
     b_enc: Float[Tensor, " d_sae"]
     W_dec: Float[Tensor, "d_sae d_out"]
     b_dec: Float[Tensor, " d_out"]
+    W_skip: Float[Tensor, "d_in d_out"] | None = None
+
+    @classmethod
+    def zeros(cls, sae: Weights) -> "Gradients":
+        """To add to, on the device of the weights."""
+        (d_in, d_sae), d_out, zeros = sae.W_enc.shape, sae.W_dec.shape[1], sae.W_dec.new_zeros
+        skip = None if sae.W_skip is None else zeros(d_in, d_out)
+        return cls(zeros(d_sae, d_in), zeros(d_sae), zeros(d_sae, d_out), zeros(d_out), skip)
 
     def write(self, sae: Weights) -> None:
         """Make them the `.grad` of the weights, in place of what was there."""
@@ -100,6 +110,8 @@ class Gradients:
         sae.b_enc.grad = self.b_enc
         sae.W_dec.grad = self.W_dec
         sae.b_dec.grad = self.b_dec
+        if sae.W_skip is not None:
+            sae.W_skip.grad = self.W_skip
 
 
 @torch.no_grad()
@@ -125,7 +137,8 @@ def relu_l1_step(
     if chunk is not None and chunk < len(x):
         forget_gradients(sae)
     encoder = _Encoder(sae, x, chunk, matmul_dtype)
-    norms = torch.linalg.vector_norm(sae.W_dec, dim=-1)
+    y = left_over(sae, encoder.x, y)
+    norms = site_norms(sae.W_dec, sae.sites)
     if sparse_below and encoder.density() < sparse_below:
         parts = [_active(pre.relu_(), start) for start, pre in encoder.chunks()]
         return _sparse_step(sae, encoder.centred, y, _join(parts), chunk, l1, norms)
@@ -153,9 +166,25 @@ def topk_step(
     if chunk is not None and chunk < len(x):
         forget_gradients(sae)
     encoder = _Encoder(sae, x, chunk, matmul_dtype)
+    y = left_over(sae, encoder.x, y)
     active = _join([_strongest(pre, k, start) for start, pre in encoder.chunks()])
     aux = Auxk(dead, auxk, auxk_coef, encoder.dtype) if dead is not None and auxk else None
     return _sparse_step(sae, encoder.centred, y, active, chunk, aux=aux)
+
+
+def site_norms(
+    W_dec: Float[Tensor, "d_sae d_out"], sites: Sequence[int]
+) -> Float[Tensor, "sites d_sae"]:
+    """‖W_dec[i]‖ of every feature over each of the hookpoints that lie side by side in d_out."""
+    parts = W_dec.split([*sites], dim=1)
+    return torch.stack([torch.linalg.vector_norm(part, dim=-1) for part in parts])
+
+
+def left_over(
+    sae: Weights, x: Float[Tensor, "batch d_in"], y: Float[Tensor, "batch d_out"]
+) -> Float[Tensor, "batch d_out"]:
+    """y − x @ W_skip, what is left for the features to rebuild; the product has the type of x."""
+    return y if sae.W_skip is None else y - (x @ sae.W_skip.to(x.dtype)).to(y.dtype)
 
 
 def at_once(device: torch.device, chunk: int | None) -> int:
@@ -169,8 +198,9 @@ def forget_gradients(sae: Weights) -> None:
 
     Only where memory is short: elsewhere the system might have to map the same pages anew.
     """
-    for weight in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec):
-        weight.grad = None
+    for weight in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.W_skip):
+        if weight is not None:
+            weight.grad = None
 
 
 class _Encoder:
@@ -282,11 +312,12 @@ def _sparse_step(
     active: _Active,
     chunk: int | None,
     l1: float = 0.0,
-    norms: Float[Tensor, " d_sae"] | None = None,
+    by_site: Float[Tensor, "sites d_sae"] | None = None,
     aux: "Auxk | None" = None,
 ) -> StepStats:
     """Gradients from the active (token, feature) pairs alone."""
     n, d_sae = len(y), len(sae.W_dec)
+    norms = None if by_site is None else by_site.sum(0)
     errors: list[Tensor] = []
     grads = None
     for tokens, part in active.split(n, chunk):
@@ -303,9 +334,11 @@ def _sparse_step(
     error = errors[0] if len(errors) == 1 else torch.cat(errors)
     mse = error.square().sum() / n
     penalty = missed = mse.new_zeros(())
-    if norms is not None:
+    if by_site is not None:
         sums = _sums_by_feature(active.feature, active.value.to(sae.W_dec.dtype), d_sae)
-        penalty = _add_penalty(grads, sae.W_dec, sums, norms, l1, n)
+        penalty = _add_penalty(grads, sae, sums, by_site, l1, n)
+    if sae.W_skip is not None:
+        grads.W_skip = centred.T @ (error * (2 / n))
     if aux is not None:
         missed = aux.add(sae, centred, -error, grads, chunk)
     grads.write(sae)
@@ -363,25 +396,24 @@ def _weighted_sums(rows: Tensor, index: Tensor, starts: Tensor, weight: Tensor) 
 
 
 def _add_penalty(
-    grads: Gradients, W_dec: Tensor, sums: Tensor, norms: Tensor, l1: float, n: int
+    grads: Gradients, sae: Weights, sums: Tensor, by_site: Tensor, l1: float, n: int
 ) -> Float[Tensor, ""]:
     """The penalty, from each feature's sum of activations, and its gradient to the norms."""
-    per_row = sums * (l1 / n) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
-    grads.W_dec.addcmul_(W_dec, per_row[:, None])
-    return sums @ norms / n
+    parts = (matrix.split([*sae.sites], dim=1) for matrix in (grads.W_dec, sae.W_dec))
+    for grad, rows, norms in zip(*parts, by_site, strict=True):
+        per_row = sums * (l1 / n) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+        grad.addcmul_(rows, per_row[:, None])
+    return sums @ by_site.sum(0) / n
 
 
 def _dense_relu_step(
-    sae: Weights, encoder: _Encoder, y: Float[Tensor, "batch d_out"], l1: float, norms: Tensor
+    sae: Weights, encoder: _Encoder, y: Float[Tensor, "batch d_out"], l1: float, by_site: Tensor
 ) -> StepStats:
     """All five products, for batches in which many features are active."""
-    n, (d_sae, d_out) = len(y), sae.W_dec.shape
-    zeros = sae.W_dec.new_zeros
-    grads = Gradients(
-        zeros(d_sae, encoder.x.shape[1]), zeros(d_sae), zeros(d_sae, d_out), zeros(d_out)
-    )
+    n, d_sae, zeros = len(y), len(sae.W_dec), sae.W_dec.new_zeros
+    grads = Gradients.zeros(sae)
     W_dec = sae.W_dec.to(encoder.dtype)
-    d_penalty = (norms * (l1 / n)).to(encoder.dtype)
+    d_penalty = (by_site.sum(0) * (l1 / n)).to(encoder.dtype)
     squares, sums, fired = zeros(()), zeros(d_sae), zeros(d_sae)
     for start, pre in encoder.chunks():
         tokens = slice(start, start + len(pre))
@@ -398,8 +430,10 @@ def _dense_relu_step(
         d_pre = torch.ops.aten.threshold_backward(d_pre, acts, 0)
         grads.b_enc += d_pre.sum(0, dtype=sums.dtype)
         grads.W_enc_T += d_pre.T @ encoder.x[tokens]
+        if grads.W_skip is not None:
+            grads.W_skip += encoder.x[tokens].T @ d_recon
     mse = squares / n
-    penalty = _add_penalty(grads, sae.W_dec, sums, norms, l1, n)
+    penalty = _add_penalty(grads, sae, sums, by_site, l1, n)
     grads.write(sae)
     loss = mse + l1 * penalty
     return StepStats(loss, mse, penalty, zeros(()), fired.sum() / n, fired.to(torch.int64))

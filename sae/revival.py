@@ -23,6 +23,8 @@ def resample(
     dead: Bool[Tensor, " d_sae"],
     generator: torch.Generator,
     tokens: MicroBatch | None = None,
+    *,
+    tied: bool | None = None,
 ) -> Bool[Tensor, " d_sae"]:
     """Point dead features at what the others reconstruct worst; returns which were moved.
 
@@ -32,7 +34,8 @@ def resample(
     becomes the direction of its token's residual (Bricken et al. 2023 take the token itself; the
     residual leaves out what other features already say) at the living rows' mean norm, its encoder
     column the same direction at ENCODER_SHARE of theirs, its bias 0; the sparsity and Adam forget
-    its past. `tokens`: how many are encoded at a time.
+    its past. Unless `tied`, and where d_out ≠ d_in, the encoder column becomes the direction of the
+    token's x. `tokens`: how many are encoded at a time.
     """
     tokens = tokens or MicroBatch("resampling", "tokens", "lower optim.batch or sae.d_sae")
     parts = tokens.split(len(x), lambda rows: y[rows] - sae(x[rows]).recon)
@@ -47,8 +50,8 @@ def resample(
     directions = torch.nn.functional.normalize(residual[drawn], dim=1)
     alive = dead if dead.all() else ~dead  # their norms are the measure
     encoder_norm = sae.W_enc[:, alive].norm(dim=0).mean() * ENCODER_SHARE
-    sae.W_dec[index] = directions * sae.decoder_norms[alive].mean()
-    if sae.d_in == sae.d_out:
+    sae.W_dec[index] = directions * torch.linalg.vector_norm(sae.W_dec, dim=-1)[alive].mean()
+    if sae.d_in == sae.d_out if tied is None else tied:
         sae.W_enc[:, index] = (directions * encoder_norm).T
     else:
         towards = torch.nn.functional.normalize(x[drawn], dim=1)

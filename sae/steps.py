@@ -87,11 +87,12 @@ def autograd_step(
         with torch.enable_grad():
             pre = _pre(sae, centred[tokens], matmul_dtype)
             acts = sae.sparsity.in_training(pre, now, cut)
-            residuals = _residuals(sae, acts, y[tokens], prefixes, matmul_dtype)
-            norms = torch.linalg.vector_norm(sae.W_dec, dim=-1)
+            left = kernels.left_over(sae, centred[tokens].to(matmul_dtype), y[tokens])
+            residuals = _residuals(sae, acts, left, prefixes, matmul_dtype)
+            norms = kernels.site_norms(sae.W_dec, sae.sites).sum(0)
             penalty = sae.sparsity.penalty(pre, acts, norms)
             decoder = sae.W_dec.detach(), sae.b_dec.detach()
-            own = sae.sparsity.auxiliary(pre, y[tokens], decoder, dead)
+            own = sae.sparsity.auxiliary(pre, left.detach(), decoder, dead)
             sums.add(acts, residuals, penalty, own)
     missed = sums.loss.new_zeros(())
     if aux is not None:
@@ -130,12 +131,11 @@ class _Sums:
 
     def __init__(self, sae: Autoencoder, tokens: int, coef: float) -> None:
         zeros = sae.W_dec.new_zeros
-        (d_in, d_sae), d_out = sae.W_enc.shape, sae.W_dec.shape[1]
         self.sae, self.tokens, self.coef = sae, tokens, coef
-        self.grads = Gradients(zeros(d_sae, d_in), zeros(d_sae), zeros(d_sae, d_out), zeros(d_out))
+        self.grads = Gradients.zeros(sae)
         self.own = {p: torch.zeros_like(p) for p in sae.sparsity.parameters()}
         self.loss, self.mse, self.penalty = zeros(()), zeros(()), zeros(())
-        self.fired = torch.zeros(d_sae, dtype=torch.long, device=sae.W_dec.device)
+        self.fired = torch.zeros(len(sae.W_dec), dtype=torch.long, device=sae.W_dec.device)
         self.residual: list[Tensor] = []
 
     def add(
@@ -153,6 +153,8 @@ class _Sums:
             self.sae.b_dec: self.grads.b_dec,
             **self.own,
         }
+        if self.sae.W_skip is not None and self.grads.W_skip is not None:
+            into[self.sae.W_skip] = self.grads.W_skip
         found = torch.autograd.grad(loss, [*into], allow_unused=True)
         for total, grad in zip(into.values(), found, strict=True):
             if grad is not None:

@@ -209,6 +209,11 @@ def test_missing_folders_and_files_say_so(tmp_path):
         ({"dtype": "float7"}, "dtype 'float7'"),
         ({"dtype": []}, "dtype"),
         ({"subtract_b_dec": "yes"}, "subtract_b_dec 'yes'"),
+        ({"skip": 1}, "skip 1"),
+        ({"skip": True}, "no subtract_b_dec then"),
+        ({"sites": 6}, "sites 6"),
+        ({"sites": [2, 3]}, "add up to d_out 6"),
+        ({"sites": [6, 0]}, "add up to d_out 6"),
         ({"d_out": 9}, "needs d_out equal"),
         ({"sparsity": "topk"}, "sparsity 'topk'"),
         ({"sparsity": {"kind": "tpk"}}, "did you mean 'topk'"),
@@ -260,3 +265,51 @@ def test_a_cut_off_weights_file_is_refused(tmp_path):
     file.write_bytes(file.read_bytes()[:-50])
     with pytest.raises(FormatError, match="damaged"):
         SparseAutoencoder.from_pretrained(tmp_path)
+
+
+def test_a_crosscoder_is_an_sae_on_concatenated_activations(tmp_path):
+    """The same weights give the same; only the decoder norms are told apart by site, and saved."""
+    plain, cross = build(d_in=10), build(d_in=10, sites=(4, 6))
+    first, second = randn(7, 4), randn(7, 6, seed=1)
+    x = torch.cat([first, second], dim=1)
+    for got, want in zip(cross(x), plain(x), strict=True):
+        assert torch.equal(got, want)
+    by_site = torch.stack([plain.W_dec[:, :4].norm(dim=1), plain.W_dec[:, 4:].norm(dim=1)])
+    torch.testing.assert_close(cross.site_norms, by_site)
+    torch.testing.assert_close(cross.decoder_norms, by_site.sum(0))
+    cross.save_pretrained(tmp_path, inputs=x)
+    again = SparseAutoencoder.from_pretrained(tmp_path)
+    assert again.sites == (4, 6) and torch.equal(again(x).recon, cross(x).recon)
+
+
+def test_a_skip_adds_a_dense_map_of_the_input(tmp_path):
+    sae, x = build(d_in=6, d_out=9, subtract_b_dec=False, skip=True), randn(7, 6)
+    assert sae.W_skip is not None
+    out = sae(x)
+    torch.testing.assert_close(out.recon, sae.decode(out.acts) + x @ sae.W_skip)
+    sae.save_pretrained(tmp_path, inputs=x, targets=randn(7, 9))
+    again = SparseAutoencoder.from_pretrained(tmp_path)
+    assert torch.equal(again(x).recon, out.recon)
+    sae.initialise()
+    assert not sae.W_skip.any()
+
+
+def test_folding_takes_a_scale_for_each_dimension():
+    sae = build(d_in=6, d_out=5, subtract_b_dec=False, skip=True, sites=(2, 3))
+    scale, scale_out, x = torch.rand(6) + 0.5, torch.rand(5) + 0.5, randn(7, 6)
+    raw = sae.folded(scale, scale_out)
+    torch.testing.assert_close(raw(x).recon, sae(x * scale).recon / scale_out)
+    torch.testing.assert_close(raw(x).acts, sae(x * scale).acts)
+    back = raw.unfolded(scale, scale_out)
+    for name, weights in sae.state_dict().items():
+        torch.testing.assert_close(back.state_dict()[name], weights)
+    with pytest.raises(ValueError, match="positive"):
+        sae.folded(scale - 2)
+
+
+def test_an_encoder_that_is_not_tied_has_directions_of_its_own():
+    tied, free = SparseAutoencoder(6, 20, TopK(4)), SparseAutoencoder(6, 20, TopK(4))
+    free.initialise(tied=False)
+    assert torch.equal(tied.W_dec, free.W_dec) and torch.equal(tied.W_enc, tied.W_dec.T)
+    assert not torch.equal(free.W_enc, free.W_dec.T)
+    torch.testing.assert_close(free.W_enc.norm(dim=0), torch.full((20,), 0.1))

@@ -99,3 +99,78 @@ def test_a_lone_full_prefix_is_plain_to_the_bit(kind: str):
     assert torch.equal(got.loss, want.loss)
     for name, parameter in full.named_parameters():
         assert torch.equal(parameter.grad, plain.get_parameter(name).grad), name
+
+
+SHAPES = {
+    "skip": {"skip": True},
+    "sites": {"sites": (2, 3)},
+    "both": {"skip": True, "sites": (2, 3)},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("kind", VARIANTS)
+@pytest.mark.parametrize("sparse_below", [0.0, 1.0])
+def test_gradients_of_skips_and_sites_by_finite_differences(
+    kind: str, shape: dict, sparse_below: float, monkeypatch: pytest.MonkeyPatch
+):
+    """Of W_skip, and of the decoder, whose norms are summed over the sites; both ways of ReLU."""
+    monkeypatch.setattr(kernels, "SPARSE_BELOW", sparse_below)
+    variant, h, double = VARIANTS[kind], 1e-6, {"dtype": torch.float64}
+    sae = variants.build(variant.make(), d_out=5, **double, **shape)
+    x, y = variants.randn(7, 6, seed=50, **double), variants.randn(7, 5, seed=51, **double)
+
+    def loss() -> float:
+        return steps.step(sae, x, y, variant.now).loss.item()
+
+    loss()
+    names = () if variant.freezes_decoder else ("W_skip",) * ("skip" in shape) + ("W_dec",)
+    for name in names:
+        flat, grad = sae.get_parameter(name).data.view(-1), sae.get_parameter(name).grad
+        assert grad is not None
+        wanted = grad.clone().view(-1)
+        for i in range(0, len(flat), 4):
+            before = flat[i].item()
+            flat[i] = before + h
+            above = loss()
+            flat[i] = before - h
+            slope = (above - loss()) / (2 * h)
+            flat[i] = before
+            assert slope == pytest.approx(wanted[i].item(), rel=1e-5, abs=1e-7), name
+
+
+PREFIXES = pytest.mark.parametrize(
+    "prefixes", [(), (5, 12, variants.D_SAE)], ids=["plain", "matryoshka"]
+)
+
+
+@PREFIXES
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_a_skip_leaves_the_features_what_it_does_not_rebuild(kind: str, prefixes: tuple[int, ...]):
+    """Loss and gradients are those of y − x @ W_skip, however the batch is split."""
+    variant, x, y = VARIANTS[kind], randn(30, 6), randn(30, 5, seed=1)
+    skip = variants.build(variant.make(), d_out=5, skip=True)
+    plain = variants.build(variant.make(), d_out=5)
+    plain.load_state_dict({n: t for n, t in skip.state_dict().items() if n != "W_skip"})
+    assert skip.W_skip is not None
+    left = y - x @ skip.W_skip.detach()
+    want = steps.step(plain, x, left, variant.now, prefixes=prefixes)
+    whole = steps.step(skip, x, y, variant.now, prefixes=prefixes)
+    grad = skip.W_skip.grad
+    got = steps.step(skip, x, y, variant.now, 7, prefixes=prefixes)
+    torch.testing.assert_close(skip.W_skip.grad, grad)
+    torch.testing.assert_close(got.loss, whole.loss)
+    torch.testing.assert_close(got.loss, want.loss)
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(skip.get_parameter(name).grad, parameter.grad, msg=name)
+
+
+@PREFIXES
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_a_skip_learns_what_b_dec_does_at_each_token(kind: str, prefixes: tuple[int, ...]):
+    """Of one token the gradient of W_skip is x times that of b_dec."""
+    variant, x, y = VARIANTS[kind], randn(1, 6), randn(1, 5, seed=1)
+    sae = variants.build(variant.make(), d_out=5, skip=True)
+    steps.step(sae, x, y, variant.now, prefixes=prefixes)
+    assert sae.W_skip is not None and sae.b_dec.grad is not None
+    torch.testing.assert_close(sae.W_skip.grad, x.T * sae.b_dec.grad)

@@ -5,6 +5,7 @@ A new kind gets a line here, and all tests of properties, training and resuming 
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from tiny import RELU
@@ -84,9 +85,11 @@ def build(
     d_out: int = 6,
     d_sae: int = D_SAE,
     dtype: torch.dtype = torch.float32,
+    **shape: Any,
 ) -> SparseAutoencoder:
-    """An autoencoder whose tensors are all random, the sparsity's too."""
-    sae = SparseAutoencoder(d_in, d_sae, sparsity, d_out, subtract_b_dec=d_in == d_out, dtype=dtype)
+    """An autoencoder whose tensors are all random, the sparsity's too; `shape`: skip, sites."""
+    centred = d_in == d_out and not shape.get("skip")
+    sae = SparseAutoencoder(d_in, d_sae, sparsity, d_out, centred, dtype=dtype, **shape)
     for i, (name, tensor) in enumerate(sae.state_dict().items()):
         drawn = randn(*tensor.shape, seed=i, dtype=dtype) * 0.4
         tensor.copy_(drawn.abs() if name.endswith("threshold") else drawn)

@@ -154,12 +154,21 @@ def selected(sae: SparseAutoencoder, features: list[int]) -> SparseAutoencoder:
         settings["k"] = min(settings["k"], len(features))
     sparsity = make_sparsity(sae.sparsity.kind, **settings)
     part = SparseAutoencoder(
-        sae.d_in, len(features), sparsity, sae.d_out, sae.subtract_b_dec, dtype=sae.dtype
+        sae.d_in,
+        len(features),
+        sparsity,
+        sae.d_out,
+        sae.subtract_b_dec,
+        skip=sae.W_skip is not None,
+        sites=sae.sites,
+        dtype=sae.dtype,
     )
     part.W_enc.copy_(sae.W_enc[:, features])
     part.b_enc.copy_(sae.b_enc[features])
     part.W_dec.copy_(sae.W_dec[features])
     part.b_dec.copy_(sae.b_dec)
+    if part.W_skip is not None and sae.W_skip is not None:
+        part.W_skip.copy_(sae.W_skip)
     for name, tensor in sae.sparsity.state_dict().items():
         part.sparsity.state_dict()[name].copy_(tensor[features] if tensor.ndim else tensor)
     return part
@@ -177,12 +186,16 @@ def check_kind(name: str, foreign: Foreign, kinds: Iterable[str], instead: str) 
         raise refuse(name, f"a {foreign.kind} autoencoder (it holds {holds})", instead)
 
 
-def check_square(name: str, foreign: Foreign, instead: str) -> None:
-    """Raise FormatError for a map from one width to another."""
-    sae = foreign.sae
+def check_square(name: str, foreign: Foreign) -> None:
+    """Raise FormatError for a map from one width to another, a dense map, and several sites."""
+    sae, instead = foreign.sae, "use --format safetensors"
     if sae.d_in != sae.d_out:
         what = f"a map from width {sae.d_in} to {sae.d_out}: its input and output are the same"
         raise refuse(name, what, instead)
+    if sae.W_skip is not None:
+        raise refuse(name, "a dense map beside the features (W_skip)", instead)
+    if len(sae.sites) > 1:
+        raise refuse(name, f"{len(sae.sites)} hookpoints side by side", instead)
 
 
 @torch.no_grad()
@@ -194,7 +207,7 @@ def with_subtraction(name: str, foreign: Foreign, wanted: bool) -> tuple[dict[st
     tensors = foreign.tensors
     if foreign.sae.subtract_b_dec == wanted:
         return tensors, []
-    check_square(name, foreign, "use --format saelens")
+    check_square(name, foreign)
     moved = tensors["b_dec"].double() @ tensors["W_enc"].double()
     b_enc = tensors["b_enc"].double() + (moved if wanted else -moved)
     verb = "always subtracts b_dec from the input" if wanted else "never subtracts b_dec"

@@ -46,7 +46,7 @@ def _fill(folder: Path, own: Foreign) -> Notes:
 def outward(name: str, own: Foreign) -> tuple[dict[str, Tensor], Notes]:
     """The tensors of TENSORS, and notes; FormatError for what the format `name` cannot hold."""
     foreign.check_kind(name, own, KINDS, "use --format saelens")
-    foreign.check_square(name, own, "use --format saelens")
+    foreign.check_square(name, own)
     ours, notes = foreign.with_subtraction(name, own, False)
     ours, changed = conventions.outward(own.kind, ours)
     return {tensor: ours[tensor] for tensor in TENSORS}, [*notes, *changed]

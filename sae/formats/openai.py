@@ -39,7 +39,7 @@ def _fill(folder: Path, own: Foreign) -> Notes:
         what = "a topk autoencoder without LayerNorm on its inputs"
         raise foreign.refuse("openai", what, instead)
     foreign.check_kind("openai", own, ("relu_l1",), instead)
-    foreign.check_square("openai", own, instead)
+    foreign.check_square("openai", own)
     ours, notes = foreign.with_subtraction("openai", own, True)
     state = {theirs: ours[name] for theirs, name in _NAMES.items()}
     for name in _TRANSPOSED:
