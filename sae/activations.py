@@ -4,18 +4,21 @@ All hookpoints share one order, so the n-th row of every batch is the same token
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sae.autoencoder import Scale
 from sae.data import TokenBatch
-from sae.errors import ConfigError, DataError, ModelError
+from sae.errors import ConfigError, DataError, FormatError, ModelError
 from sae.hooks import Hookpoint, capture
 from sae.memory import MicroBatch
+from sae.routes import Route
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,13 @@ class Batch:
     x: Float[Tensor, "batch d_in"]
     y: Float[Tensor, "batch d_out"]
     source: Int[Tensor, "batch 2"]
+
+    @classmethod
+    def along(cls, route: Route, batches: "Mapping[Hookpoint, Batch]") -> "Batch":
+        """What one SAE reads and rebuilds of the same tokens' activations at the hookpoints."""
+        acts = {point: batches[point].x for point in route.points}
+        x = route.x(acts)
+        return cls(x, route.y(acts) if route.is_map else x, batches[route.inputs[0]].source)
 
 
 def forward_passes() -> MicroBatch:
@@ -69,11 +79,64 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 @dataclass(frozen=True)
+class Sites:
+    """Hookpoints side by side: how wide each is, and what its activations are multiplied by."""
+
+    widths: tuple[int, ...]
+    scales: tuple[float, ...]
+
+    @property
+    def width(self) -> int:
+        """Of all of them."""
+        return sum(self.widths)
+
+    def scale(self, device: torch.device) -> Scale:
+        """One number for one hookpoint, one for each dimension for several."""
+        if len(self.scales) == 1:
+            return self.scales[0]
+        pairs = zip(self.widths, self.scales, strict=True)
+        return torch.cat([torch.full((width,), scale, device=device) for width, scale in pairs])
+
+    def plain(self) -> float | list[float]:
+        """The scales for the metadata of an SAE."""
+        return self.scales[0] if len(self.scales) == 1 else list(self.scales)
+
+    def rescaled(self, plain: Any) -> "Sites":
+        """With the scales that `plain` gave, those here where it is None; raises FormatError."""
+        if plain is None:
+            return self
+        scales = plain if isinstance(plain, list) else [plain]
+        if len(scales) != len(self.widths) or not all(isinstance(s, int | float) for s in scales):
+            raise FormatError(f"scale {str(plain)[:60]}: expected {len(self.widths)} numbers")
+        return Sites(self.widths, tuple(map(float, scales)))
+
+    def state(self) -> Float[Tensor, "sites 2"]:
+        """All of it for a checkpoint, fp64."""
+        return torch.tensor([self.widths, self.scales], dtype=torch.float64).T
+
+    @classmethod
+    def restored(cls, state: Float[Tensor, "sites 2"]) -> "Sites":
+        """Those whose `state` this is."""
+        widths, scales = state.T.tolist()
+        return cls(tuple(map(int, widths)), tuple(scales))
+
+
+@dataclass(frozen=True)
 class Statistics:
     """What normalisation needs of some activations: in a run, those of the first full pool."""
 
     mean: Float[Tensor, " d"]
     mean_norm: float
+    parts: "tuple[Statistics, ...]" = ()
+    """Those of each hookpoint, where several lie side by side."""
+
+    @classmethod
+    def side_by_side(cls, parts: "Sequence[Statistics]") -> "Statistics":
+        """Those of several hookpoints as one vector."""
+        if len(parts) == 1:
+            return parts[0]
+        norm = math.hypot(*(part.mean_norm for part in parts))
+        return cls(torch.cat([part.mean for part in parts]), norm, tuple(parts))
 
     @classmethod
     def of(cls, parts: Iterable[Float[Tensor, "n d"]], name: str) -> "Statistics":
@@ -98,8 +161,14 @@ class Statistics:
 
     @property
     def scale(self) -> float:
-        """The factor that brings the mean norm to √d_in."""
+        """The factor that brings the mean norm to √d."""
         return math.sqrt(len(self.mean)) / self.mean_norm
+
+    @property
+    def sites(self) -> Sites:
+        """Each hookpoint with a scale of its own, so that all of them weigh alike."""
+        parts = self.parts or (self,)
+        return Sites(tuple(len(p.mean) for p in parts), tuple(p.scale for p in parts))
 
 
 @dataclass(frozen=True)

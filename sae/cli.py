@@ -214,7 +214,7 @@ def train(args: list[str]) -> int:
         help="resume on other versions, devices, threads or text: not the same bits",
     )
     for flag in config.flags():
-        shown = "" if flag.default is None else f" (default {_plain(flag.default)})"
+        shown = "" if flag.default in (None, ()) else f" (default {_plain(flag.default)})"
         parser.add_argument(
             f"--{flag.name}",
             nargs="+" if flag.many else None,

@@ -101,7 +101,6 @@ Device = Annotated[
 Places = Annotated[
     tuple[Text, ...],
     BeforeValidator(_listed),
-    Field(min_length=1),
     Wanted("a list of hookpoints, at least one and each once"),
 ]
 
@@ -275,7 +274,10 @@ class SAEConfig(Settings):
     d_sae: Count | None = None
     """Number of features, 1e3 to 1e6; overrides expansion_factor."""
     subtract_b_dec: Switch = True
-    """Subtract the decoder bias from the input before encoding."""
+    """Subtract the decoder bias from the input before encoding, where the input is rebuilt."""
+    skip: Switch = False
+    """Add a dense linear map of the input to what the features rebuild (a skip transcoder), where
+    targets are other than inputs."""
     init: Literal["random", "data"] = "random"
     """Directions to start from: random ones, or those of tokens from the mean; data leaves fewer
     features dead under topk, at a little more error."""
@@ -378,6 +380,11 @@ class TrainConfig(Settings):
     """The text."""
     hookpoints: Places = ("layers.2.mlp_act",)
     """Where to read activations, such as layers.2.mlp_act or layers.*.mlp_out; one SAE each."""
+    inputs: Places = ()
+    """In place of hookpoints, train one map: where it reads, such as layers.2.mlp_in."""
+    targets: Places = ()
+    """Where the map writes, such as layers.2.mlp_out (a transcoder). Several hookpoints on a side,
+    such as layers.*.mlp_out on both, make a crosscoder."""
     sae: SAEConfig = SAEConfig()
     """The sparse autoencoder."""
     optim: OptimConfig = OptimConfig()
@@ -397,7 +404,14 @@ class TrainConfig(Settings):
     wandb: WandbConfig = WandbConfig()
     """Weights & Biases."""
 
-    @field_validator("hookpoints")
+    @model_validator(mode="before")
+    @classmethod
+    def _either(cls, data: Any) -> Any:
+        """Where a map is wanted, nothing else is by default."""
+        is_map = isinstance(data, Mapping) and (data.get("inputs") or data.get("targets"))
+        return {"hookpoints": (), **data} if is_map else data
+
+    @field_validator("hookpoints", "inputs", "targets")
     @classmethod
     def _once_each(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if len(set(value)) < len(value):
@@ -406,10 +420,24 @@ class TrainConfig(Settings):
 
     @model_validator(mode="after")
     def _fits(self) -> "TrainConfig":
+        self._check_places()
         if self.tokens < self.optim.batch:
             wanted = "at least {other}"
             raise _clash("tokens", self.tokens, wanted, "optim.batch", self.optim.batch)
         return self
+
+    def _check_places(self) -> None:
+        """Hookpoints, or both sides of a map."""
+        inputs, targets = ", ".join(self.inputs) or "none", ", ".join(self.targets) or "none"
+        if not (self.hookpoints or self.inputs or self.targets):
+            raise _clash("hookpoints", [], "at least one, or {other} of a map", "inputs", inputs)
+        if self.hookpoints and (self.inputs or self.targets):
+            wanted = "none beside a map's {other}"
+            raise _clash("hookpoints", [*self.hookpoints], wanted, "targets", targets)
+        if self.inputs and not self.targets:
+            raise _clash("inputs", [*self.inputs], "{other} beside them", "targets", targets)
+        if self.targets and not self.inputs:
+            raise _clash("targets", [*self.targets], "{other} beside them", "inputs", inputs)
 
 
 _DEFAULT_KIND = "relu_l1"
@@ -472,12 +500,13 @@ def _flag(leaves: list["_Leaf"]) -> Flag:
 def run_name(config: TrainConfig) -> str:
     """Name of the run's folder: model, hookpoints, sparsity, width, then what sweeps often vary."""
     model = config.model.name.rstrip(":/\\").replace("\\", "/").rsplit("/", 1)[-1]
-    places = config.hookpoints[0].replace("*", "all")
-    if len(config.hookpoints) > 1:
-        places += f"-and-{len(config.hookpoints) - 1}-more"
+    sides = dict.fromkeys(filter(None, (config.hookpoints, config.inputs, config.targets)))
+    places = "-to-".join(map(_named, sides))
     sparsity, sae = config.sae.sparsity, config.sae
     width = f"x{sae.expansion_factor}" if sae.d_sae is None else f"d{sae.d_sae}"
     parts = [model, places, sparsity.kind, width]
+    if sae.skip:
+        parts.append("skip")
     if len(sae.prefixes) > 1:
         parts.append("matryoshka")
     standard = TrainConfig()
@@ -491,6 +520,11 @@ def run_name(config: TrainConfig) -> str:
             if value != getattr(default, name, None):
                 parts.append(f"{name}_{value}")
     return "-".join(_safe(part) for part in parts)
+
+
+def _named(places: tuple[str, ...]) -> str:
+    first, *others = places
+    return first.replace("*", "all") + (f"-and-{len(others)}-more" if others else "")
 
 
 def _safe(text: str) -> str:

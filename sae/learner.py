@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sae import steps
-from sae.activations import Batch, Statistics
-from sae.autoencoder import SparseAutoencoder, read_config
+from sae.activations import Batch, Sites, Statistics
+from sae.autoencoder import DECODER_NORM, SparseAutoencoder, read_config
 from sae.config import TrainConfig, warmed_up
 from sae.kernels import StepStats
 from sae.memory import MicroBatch
@@ -25,7 +25,7 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 class Learner:
-    """Adam on one SAE; inputs are scaled by `scale`, targets by `scale_out`: `raw()` folds them in.
+    """Adam on one SAE; what it reads and writes is scaled site by site: `raw()` folds that in.
 
     A step has two halves, so that nothing is lost where a gradient is not finite: `gradients`
     leaves everything but the gradients as it was, `apply` does the rest. An L1 penalty makes
@@ -37,14 +37,16 @@ class Learner:
         self,
         config: TrainConfig,
         sae: SparseAutoencoder,
-        scale: float,
-        scale_out: float | None = None,
+        reads: Sites,
+        writes: Sites | None = None,
         *,
         dtype: torch.dtype,
     ):
-        self.config, self.dtype, self.sae, self.scale = config, dtype, sae, scale
-        self.is_map = scale_out is not None  # y is not x
-        self.scale_out = scale if scale_out is None else scale_out
+        """`writes`: where y is not x; `dtype`: of the large products."""
+        self.config, self.dtype, self.sae = config, dtype, sae
+        self.reads, self.writes = reads, writes
+        self.scale = reads.scale(sae.device)
+        self.scale_out = self.scale if writes is None else writes.scale(sae.device)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.optimizer = torch.optim.Adam(
             sae.parameters(), lr=config.optim.lr, betas=config.optim.betas, fused=True
@@ -71,29 +73,39 @@ class Learner:
         """A new SAE for activations like `x` (on their device) that rebuilds `y`, x where None.
 
         b_dec is at the mean of what is rebuilt; directions are random, or those of `examples`.
-        `dtype`: of the large products.
         """
-        to = x if y is None else y
-        sae = _empty(config, len(x.mean), None if y is None else len(y.mean), x.mean.device)
-        learner = cls(config, sae, x.scale, None if y is None else y.scale, dtype=dtype)
-        towards = None if examples is None else examples.y.float() * to.scale
-        sae.initialise(to.mean * to.scale, learner.generator, towards)
+        reads, writes = x.sites, None if y is None else y.sites
+        sae, to = _empty(config, reads, writes, x.mean.device), x if y is None else y
+        learner = cls(config, sae, reads, writes, dtype=dtype)
+        towards = None if examples is None else examples.y.float() * learner.scale_out
+        sae.initialise(to.mean * learner.scale_out, learner.generator, towards, tied=y is None)
         if y is not None:
-            with torch.no_grad():  # what subtract_b_dec does where x is rebuilt
-                sae.b_enc.sub_(x.mean * x.scale @ sae.W_enc)
+            learner._point_encoder(x.mean * learner.scale, examples)
         return learner
 
     @classmethod
     def going_on(
-        cls, config: TrainConfig, folder: Path, x: Statistics, *, dtype: torch.dtype
+        cls,
+        config: TrainConfig,
+        folder: Path,
+        x: Statistics,
+        y: Statistics | None = None,
+        *,
+        dtype: torch.dtype,
     ) -> "Learner":
-        """The weights of an SAE on the disk, for further training on activations like `x`."""
+        """The weights of an SAE on the disk, for further training on activations like `x` and `y`.
+
+        Raises FormatError where its scales are not those of as many hookpoints.
+        """
+        found = read_config(folder).get("metadata") or {}
+        reads = x.sites.rescaled(found.get("scale"))
+        writes = None if y is None else y.sites.rescaled(found.get("scale_out"))
         device = x.mean.device
+        learner = cls(config, _empty(config, reads, writes, device), reads, writes, dtype=dtype)
         old = SparseAutoencoder.from_pretrained(folder, device=device, dtype=torch.float32)
-        scale = (read_config(folder).get("metadata") or {}).get("scale", x.scale)
-        sae = _empty(config, old.d_in, None, device)
-        sae.load_state_dict(old.unfolded(scale).state_dict())
-        return cls(config, sae, scale, dtype=dtype)
+        old = old.unfolded(learner.scale, learner.scale_out)
+        learner.sae.load_state_dict(old.state_dict())
+        return learner
 
     @classmethod
     def restored(
@@ -105,10 +117,10 @@ class Learner:
         dtype: torch.dtype,
     ) -> "Learner":
         """The learner whose `state()` this is."""
-        (d_in, _), (_, d_out) = state["W_enc"].shape, state["W_dec"].shape
-        sae = _empty(config, d_in, d_out if "scale_out" in state else None, device)
-        scales = [state[name].item() for name in ("scale", "scale_out") if name in state]
-        learner = cls(config, sae, *scales, dtype=dtype)
+        reads = Sites.restored(state["reads"])
+        writes = Sites.restored(state["writes"]) if "writes" in state else None
+        sae = _empty(config, reads, writes, device)
+        learner = cls(config, sae, reads, writes, dtype=dtype)
         sae.load_state_dict({name: state[name] for name in sae.state_dict()})
         for name, parameter in learner.sae.named_parameters():
             if f"{name}/step" in state:
@@ -124,17 +136,22 @@ class Learner:
         """The SAE for raw activations, as it is now."""
         return self.sae.folded(self.scale, self.scale_out)
 
+    def scales(self) -> dict[str, float | list[float]]:
+        """What `raw` folds in, for the metadata of the SAE: a number, or one for each hookpoint."""
+        found = {"scale": self.reads.plain()}
+        return found if self.writes is None else found | {"scale_out": self.writes.plain()}
+
     def state(self) -> dict[str, Tensor]:
         """All that the rest of the training depends on."""
         tensors = {
-            "scale": torch.tensor(self.scale, dtype=torch.float64),
+            "reads": self.reads.state(),
             "variance": torch.tensor(self.variance, dtype=torch.float64),
             "quiet": self.quiet,
             "revival": torch.tensor([self.tokens_since_revival, self.revived]),
             "generator": self.generator.get_state(),
         }
-        if self.is_map:
-            tensors["scale_out"] = torch.tensor(self.scale_out, dtype=torch.float64)
+        if self.writes is not None:
+            tensors["writes"] = self.writes.state()
         tensors |= self.sae.state_dict()
         for name, parameter in self.sae.named_parameters():
             moments = self.optimizer.state.get(parameter, {})
@@ -143,8 +160,7 @@ class Learner:
 
     def gradients(self, batch: Batch, done: float) -> StepStats:
         """The gradients on raw activations; `done` is the share of the tokens trained on."""
-        x, y = batch.x.float() * self.scale, batch.y.float() * self.scale_out
-        stats = self._gradients(x, y, done)
+        stats = self._gradients(*self._scaled(batch), done)
         limit = self.config.optim.grad_clip
         self.norm = torch.nn.utils.clip_grad_norm_(self.sae.parameters(), limit or float("inf"))
         return stats
@@ -188,6 +204,25 @@ class Learner:
             "sequences": len(torch.stack([document, position // context]).unique(dim=1)[0]),
         }
 
+    def _scaled(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What the weights take and give; one tensor where x is rebuilt."""
+        x = batch.x.float() * self.scale
+        return x, x if self.writes is None else batch.y.float() * self.scale_out
+
+    @torch.no_grad()
+    def _point_encoder(self, mean: Tensor, examples: Batch | None) -> None:
+        """Of a map: what subtract_b_dec does where x is rebuilt, by b_enc.
+
+        Features that begin with what `examples` write read what those have, from the mean.
+        """
+        W_enc, b_enc = self.sae.W_enc, self.sae.b_enc
+        if examples is not None:
+            towards = examples.x.float()[: self.sae.d_sae] * self.scale - mean
+            norms = torch.linalg.vector_norm(towards, dim=-1, keepdim=True)
+            own = W_enc[:, : len(towards)]
+            own.copy_(torch.where(norms > 0, DECODER_NORM * towards / norms, own.T).T)
+        b_enc.sub_(mean @ W_enc)
+
     def _gradients(self, x: Tensor, y: Tensor, done: float) -> StepStats:
         refitting = done >= 1 - self.refit
         moment = self.config.sae.sparsity.at(done)
@@ -200,7 +235,7 @@ class Learner:
         stats = self.chunk.fit(len(x), partial(step, **self._for_the_dead()))
         if refitting:
             for name, parameter in self.sae.named_parameters():
-                if name != "W_dec":
+                if name not in ("W_dec", "W_skip"):
                     parameter.grad = None  # Adam leaves these alone: what is active stays so
         return stats
 
@@ -217,7 +252,7 @@ class Learner:
 
     def _variance(self, batch: Batch) -> float:
         """Mean over the batch of ‖y − mean y‖², scaled."""
-        y = batch.y.float() * self.scale_out
+        _, y = self._scaled(batch)
         return (y - y.mean(0)).square().sum(1).mean().item()
 
     def _decayed(self, done: float) -> float:
@@ -240,23 +275,26 @@ class Learner:
         if self.sae.sparsity.revival != "resample" or self._decayed(done) < 1:
             return
         if self.tokens_since_revival >= optim.dead_after:
-            x, y = batch.x.float() * self.scale, batch.y.float() * self.scale_out
-            dead = self._quietest_dead(len(x))
-            moved = resample(self.sae, self.optimizer, x, y, dead, self.generator, self.chunk)
+            x, y = self._scaled(batch)
+            given = x, y, self._quietest_dead(len(x)), self.generator, self.chunk
+            moved = resample(self.sae, self.optimizer, *given, tied=self.writes is None)
             self.revived += int(moved.sum())
             self.quiet[moved] = 0
             self.tokens_since_revival = 0
 
 
 def _empty(
-    config: TrainConfig, d_in: int, d_out: int | None, device: torch.device
+    config: TrainConfig, reads: Sites, writes: Sites | None, device: torch.device
 ) -> SparseAutoencoder:
-    """An SAE of the wanted shape, its weights still to be set; without `d_out` it rebuilds x."""
+    """An SAE of the wanted shape, its weights still to be set; without `writes` it rebuilds x."""
+    to = reads if writes is None else writes
     return SparseAutoencoder(
-        d_in,
-        config.sae.width(d_in),
+        reads.width,
+        config.sae.width(reads.width),
         sparsity_of(config),
-        d_out,
-        subtract_b_dec=config.sae.subtract_b_dec and d_out is None,
+        to.width,
+        config.sae.subtract_b_dec and writes is None,
+        skip=config.sae.skip and writes is not None,
+        sites=to.widths,
         device=device,
     )

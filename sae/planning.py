@@ -22,6 +22,7 @@ from sae.errors import ConfigError, DataError, RunError, SAEError
 from sae.hooks import Hookpoint, resolve, width
 from sae.language_model import LanguageModel
 from sae.memory import MicroBatch
+from sae.routes import Route
 from sae.sparsity import Sparsity, make_sparsity, settings_of
 from sae.store import LOCK, versions
 
@@ -47,24 +48,36 @@ class Inputs:
 class Plan(Inputs):
     """A checked run: `lines` says in words what it will read, make and need.
 
-    `kept_as` is the type of the activations in the pool: under autocast some stay in fp32.
+    `routes`: what each SAE, by its name, reads and rebuilds. `kept_as` is the type of the
+    activations in the pool: under autocast some stay in fp32.
     """
 
     config: TrainConfig
     dtype: torch.dtype
-    hookpoints: list[Hookpoint]
+    routes: dict[str, Route]
     widths: dict[Hookpoint, int]
     kept_as: dict[Hookpoint, torch.dtype]
     output: Path
+
+    @property
+    def hookpoints(self) -> list[Hookpoint]:
+        """All that are read, each once."""
+        return list(self.widths)
+
+    def shape(self, route: Route) -> tuple[int, int, int]:
+        """d_in, d_sae and d_out of an SAE."""
+        d_in, d_out = (sum(self.widths[p] for p in s) for s in (route.inputs, route.targets))
+        return d_in, self.config.sae.width(d_in), d_out
 
     def lines(self) -> Iterator[tuple[str, str]]:
         """Pairs of what and how much, for the table shown before the start."""
         config, available = self.config, self.source.tokens_available
         yield "model", f"{self.lm.name} on {self.device}, {str(self.dtype).removeprefix('torch.')}"
         yield "text", f"{self.source.name}, fingerprint {self.source.fingerprint}"
-        for point in self.hookpoints:
-            d_in = self.widths[point]
-            yield "SAE", f"{point}: {d_in} → {config.sae.width(d_in):,} features, {self._recipe()}"
+        for name, route in self.routes.items():
+            d_in, d_sae, d_out = self.shape(route)
+            to = f" → {d_out}" if route.is_map else ""
+            yield "SAE", f"{name}: {d_in} → {d_sae:,} features{to}, {self._recipe()}"
         have = "unknown (a stream)" if available is None else f"{available:,}"
         yield "tokens", f"{config.tokens:,} needed, {have} in one pass of the training text"
         if available is not None and config.tokens > available:
@@ -94,10 +107,10 @@ class Plan(Inputs):
 
     def sae_bytes(self) -> int:
         """fp32 weights of every SAE."""
+        skip = self.config.sae.skip
         return 4 * sum(
-            d_sae * (2 * d_in + 1) + d_in
-            for d_in in self.widths.values()
-            for d_sae in [self.config.sae.width(d_in)]
+            d_sae * (d_in + d_out + 1) + d_out + (d_in * d_out if skip else 0)
+            for d_in, d_sae, d_out in map(self.shape, self.routes.values())
         )
 
     def seconds_per_token(self) -> float:
@@ -110,7 +123,8 @@ class Plan(Inputs):
 
     def _recipe(self) -> str:
         sparsity = sparsity_of(self.config)
-        return f"{sparsity.kind} {sparsity.l0_knob} {sparsity.config()[sparsity.l0_knob]:g}"
+        skip = " and W_skip" if self.config.sae.skip else ""
+        return f"{sparsity.kind} {sparsity.l0_knob} {sparsity.config()[sparsity.l0_knob]:g}{skip}"
 
 
 def plan(config: TrainConfig, *, resuming: bool = False) -> Plan:
@@ -127,7 +141,8 @@ def plan(config: TrainConfig, *, resuming: bool = False) -> Plan:
     _check_pool(config)
     device = pick_device(config.device)
     inputs = open_inputs(config, device)
-    hookpoints = resolve(inputs.lm.model, config.hookpoints)
+    routes = {str(route): route for route in _routes(inputs.lm, config)}
+    hookpoints = list(dict.fromkeys(p for route in routes.values() for p in route.points))
     _check_amount(config, inputs.source)
     dtype = pick_dtype(config.model.dtype, device)
     made = Plan(
@@ -136,7 +151,7 @@ def plan(config: TrainConfig, *, resuming: bool = False) -> Plan:
         source=inputs.source,
         config=config,
         dtype=dtype,
-        hookpoints=hookpoints,
+        routes=routes,
         widths={point: width(inputs.lm.model, point) for point in hookpoints},
         kept_as=_types(inputs.lm, hookpoints, dtype),
         output=output,
@@ -144,6 +159,14 @@ def plan(config: TrainConfig, *, resuming: bool = False) -> Plan:
     _check_saes(made)
     _check_room(made)
     return made
+
+
+def _routes(lm: LanguageModel, config: TrainConfig) -> list[Route]:
+    """An SAE for each hookpoint, or the one map that is wanted."""
+    if not config.inputs:
+        return [Route.at(point) for point in resolve(lm.model, config.hookpoints)]
+    inputs, targets = (tuple(resolve(lm.model, s)) for s in (config.inputs, config.targets))
+    return [Route(inputs, targets)]
 
 
 def _types(
@@ -192,27 +215,30 @@ def estimate(plan: Plan) -> list[tuple[str, str]]:
     """How long the run will take, from one batch of text and a few steps on random activations."""
     config = plan.config
     reading = plan.seconds_per_token()
-    stepping = sum(_step_seconds(plan, point) for point in plan.hookpoints) / config.optim.batch
+    stepping = sum(_step_seconds(plan, name) for name in plan.routes) / config.optim.batch
     seconds = (config.tokens + config.optim.pool) * reading + config.tokens * stepping
     speed = config.tokens / seconds
     return [("time", f"about {_duration(seconds)} ({speed:,.0f} tokens/s)")]
 
 
-def _step_seconds(plan: Plan, point: Hookpoint) -> float:
+def _step_seconds(plan: Plan, name: str) -> float:
     """Time of one training step of an SAE as sparse as a trained one."""
-    config, d_in = plan.config, plan.widths[point]
-    sae = SparseAutoencoder(d_in, config.sae.width(d_in), sparsity_of(config), device=plan.device)
+    config, route = plan.config, plan.routes[name]
+    d_in, d_sae, d_out = plan.shape(route)
+    shape = d_in, d_sae, sparsity_of(config), d_out, not route.is_map
+    sae = SparseAutoencoder(*shape, skip=config.sae.skip, device=plan.device)
     x = torch.randn(config.optim.batch, d_in, device=plan.device)
+    y = torch.randn(config.optim.batch, d_out, device=plan.device) if route.is_map else x
     with torch.no_grad():
         pre = sae.pre(x[:64]).flatten()
         active = min(len(x[:64]) * TYPICAL_L0, len(pre))
         sae.b_enc.sub_(pre.topk(active).values[-1])
     adam = torch.optim.Adam(sae.parameters(), fused=True)
-    chunk = MicroBatch(f"the step of {point}", "tokens", "lower optim.batch or sae.d_sae")
+    chunk = MicroBatch(f"the step of {name}", "tokens", "lower optim.batch or sae.d_sae")
 
     gradients = partial(
         steps.step,
-        *(sae, x, x, config.sae.sparsity.at(1.0)),
+        *(sae, x, y, config.sae.sparsity.at(1.0)),
         prefixes=config.sae.prefix_sizes(sae.d_sae),
         matmul_dtype=plan.dtype,
     )
@@ -340,40 +366,51 @@ def _check_amount(config: TrainConfig, source: TokenSource) -> None:
 def _check_saes(plan: Plan) -> None:
     """The sparsity fits the widths, and the weights to start from fit the run."""
     config, sparsity = plan.config, plan.config.sae.sparsity
-    for point, d_in in plan.widths.items():
-        d_sae = config.sae.width(d_in)
-        for name in ("k", "k_start"):
-            if (amount := getattr(sparsity, name, None) or 0) > d_sae:
+    for name, route in plan.routes.items():
+        _, d_sae, _ = plan.shape(route)
+        for key in ("k", "k_start"):
+            if (amount := getattr(sparsity, key, None) or 0) > d_sae:
                 raise ConfigError(
-                    f"sae.sparsity.{name}: {amount} came, wanted at most the {d_sae} features of "
-                    f"{point}"
+                    f"sae.sparsity.{key}: {amount} came, wanted at most the {d_sae} features of "
+                    f"{name}"
                 )
+        if config.sae.skip and not route.is_map:
+            raise ConfigError(
+                f"sae.skip: true came, but {name} is rebuilt from itself; give inputs and targets "
+                "that differ, or leave it out"
+            )
         if config.init_from is not None:
-            _check_start(plan, point, d_sae)
+            _check_start(plan, name, route)
 
 
-def _check_start(plan: Plan, point: Hookpoint, d_sae: int) -> None:
+def _check_start(plan: Plan, name: str, route: Route) -> None:
     """SAEError where `init_from` holds an SAE of another kind, size or place, or a damaged one."""
     config = plan.config
+    d_in, d_sae, d_out = plan.shape(route)
     try:
-        folder = locate(config.init_from or "", str(point))
+        folder = locate(config.init_from or "", name)
         old = read_config(folder)
         SparseAutoencoder.from_pretrained(folder)  # now, while nothing is written yet
     except SAEError as error:
         raise type(error)(f"init_from: {error}") from None
     pairs = {
-        "d_in": (old["d_in"], plan.widths[point]),
+        "d_in": (old["d_in"], d_in),
         "d_sae": (old["d_sae"], d_sae),
-        "subtract_b_dec": (old["subtract_b_dec"], config.sae.subtract_b_dec),
+        "d_out": (old["d_out"], d_out),
+        "skip": (old.get("skip", False), config.sae.skip),
+        "subtract_b_dec": (
+            old["subtract_b_dec"],
+            config.sae.subtract_b_dec and not route.is_map,
+        ),
         "sparsity.kind": (old["sparsity"]["kind"], config.sae.sparsity.kind),
     }
-    _check_origin(plan, point, folder, old.get("metadata") or {})
+    _check_origin(plan, name, folder, old.get("metadata") or {})
     wrong = [f"{key} {came}, not {new}" for key, (came, new) in pairs.items() if came != new]
     if wrong:
         raise ConfigError(f"init_from: {folder} has {', '.join(wrong)}; make sae.* the same")
 
 
-def _check_origin(plan: Plan, point: Hookpoint, folder: Path, metadata: dict[str, Any]) -> None:
+def _check_origin(plan: Plan, name: str, folder: Path, metadata: dict[str, Any]) -> None:
     """ConfigError where an SAE says that it is of another model or hookpoint.
 
     A model may have moved: it is the same where its revision is.
@@ -383,8 +420,8 @@ def _check_origin(plan: Plan, point: Hookpoint, folder: Path, metadata: dict[str
     moved = revision is not None and revision == lm.revision
     if model != lm.name and not moved:
         raise ConfigError(f"init_from: {folder} is of the model {model}, not of {lm.name}")
-    if metadata.get("hookpoint", str(point)) != str(point):
-        raise ConfigError(f"init_from: {folder} is of {metadata['hookpoint']}, not of {point}")
+    if metadata.get("hookpoint", name) != name:
+        raise ConfigError(f"init_from: {folder} is of {metadata['hookpoint']}, not of {name}")
 
 
 def _check_room(plan: Plan) -> None:
@@ -392,7 +429,8 @@ def _check_room(plan: Plan) -> None:
     needed, there = plan.memory_bytes(), _memory(plan.device)
     if there is not None and needed > there:
         widths, pool = plan.widths.values(), plan.config.optim.pool
-        largest = f"sae.d_sae: {max(map(plan.config.sae.width, widths)):,} features"
+        most = max(d_sae for _, d_sae, _ in map(plan.shape, plan.routes.values()))
+        largest = f"sae.d_sae: {most:,} features"
         if plan.pool_bytes() > ADAM_COPIES * plan.sae_bytes():
             largest = f"optim.pool: {pool:,} tokens of {sum(widths):,} activations"
         raise ConfigError(

@@ -1,8 +1,8 @@
 """The training loop, read top to bottom: plan → stream of activations → one step a batch → run.
 
-Every hookpoint's SAE is trained on the same tokens from one forward pass of the language model.
-Inputs are scaled so that their mean norm is √d_in; the weights a run stores have that scale folded
-in and take raw activations.
+Every SAE is trained on the same tokens from one forward pass of the language model. What it reads
+and rebuilds is scaled so that the mean norm at each hookpoint is √d; the weights a run stores have
+that scale folded in and take raw activations.
 
 A run that is interrupted leaves a checkpoint, and going on from it gives the same bits as a run
 that was not interrupted. RELIABILITY.md says what that covers.
@@ -19,7 +19,7 @@ import torch
 
 from sae import checkpoint, fingerprint, mirror, planning, store
 from sae import config as settings
-from sae.activations import ActivationStream, Batch
+from sae.activations import ActivationStream, Batch, Statistics
 from sae.autoencoder import locate
 from sae.checkpoint import Checkpoint
 from sae.errors import RunError
@@ -28,6 +28,7 @@ from sae.kernels import StepStats
 from sae.learner import Learner
 from sae.planning import Plan
 from sae.resuming import COMPLETE, TEXT_ENDED
+from sae.routes import Route
 from sae.stopping import Stop
 from sae.store import folder_name, write_atomic
 
@@ -39,9 +40,10 @@ RETURNS = 3
 NOT_FINITE = "not finite"
 """How a run ends, beside COMPLETE, TEXT_ENDED and the reasons of `Stop`."""
 
-Batches = Mapping[Hookpoint, Batch]
+Batches = Mapping[str, Batch]
+"""What each SAE, by its name, reads and rebuilds."""
 Report = Callable[[int, dict[str, dict[str, float]]], None]
-"""Called with the tokens done and each hookpoint's metrics, at every logged step."""
+"""Called with the tokens done and each SAE's metrics, at every logged step."""
 
 
 def train(
@@ -146,27 +148,32 @@ class Training:
             state=state,
         )
 
-    def _learners(self, saved: Checkpoint | None) -> dict[Hookpoint, Learner]:
+    def _learners(self, saved: Checkpoint | None) -> dict[str, Learner]:
         plan, config, dtype = self.plan, self.plan.config, self.plan.dtype
         if saved:
-            parts = {p: saved.part(folder_name(str(p))) for p in plan.hookpoints}
+            parts = {name: saved.part(folder_name(name)) for name in plan.routes}
             return {
-                p: Learner.restored(config, part, device=plan.device, dtype=dtype)
-                for p, part in parts.items()
+                name: Learner.restored(config, part, device=plan.device, dtype=dtype)
+                for name, part in parts.items()
             }
         found = self.stream.statistics()
+        sides = {name: _sides(route, found) for name, route in plan.routes.items()}
         if config.init_from is not None:
-            starts = {p: locate(config.init_from, str(p)) for p in plan.hookpoints}
+            starts = {name: locate(config.init_from, name) for name in plan.routes}
             return {
-                p: Learner.going_on(config, folder, found[p], dtype=dtype)
-                for p, folder in starts.items()
+                name: Learner.going_on(config, folder, *sides[name], dtype=dtype)
+                for name, folder in starts.items()
             }
-        most = max(config.sae.width(d_in) for d_in in plan.widths.values())
-        tokens = self.stream.peek(min(most, len(self.stream))) if config.sae.init == "data" else {}
+        most = max(d_sae for _, d_sae, _ in map(plan.shape, plan.routes.values()))
+        tokens = self._peek(min(most, len(self.stream))) if config.sae.init == "data" else {}
         return {
-            p: Learner.begin(config, found[p], examples=tokens.get(p), dtype=dtype)
-            for p in plan.hookpoints
+            name: Learner.begin(config, *sides[name], tokens.get(name), dtype=dtype)
+            for name in plan.routes
         }
+
+    def _peek(self, n: int) -> Batches:
+        tokens = self.stream.peek(n)
+        return {name: Batch.along(route, tokens) for name, route in self.plan.routes.items()}
 
     @property
     def seconds(self) -> float:
@@ -195,38 +202,41 @@ class Training:
     def draw(self, stop: Callable[[], bool]) -> Batches | None:
         """The next batches; None where reading was stopped and where the text has ended."""
         self.stream.stop = stop
-        batches = self.stream.draw()
-        self._text_ended = batches is None and not stop()
-        return batches
+        drawn = self.stream.draw()
+        self._text_ended = drawn is None and not stop()
+        if drawn is None:
+            return None
+        return {name: Batch.along(route, drawn) for name, route in self.plan.routes.items()}
 
-    def gradients(self, batches: Batches) -> dict[Hookpoint, StepStats]:
+    def gradients(self, batches: Batches) -> dict[str, StepStats]:
         """What each learner measures; its weights stay as they are."""
-        return {p: each.gradients(batches[p], self.done) for p, each in self.learners.items()}
+        return {n: each.gradients(batches[n], self.done) for n, each in self.learners.items()}
 
-    def finite(self, stats: Mapping[Hookpoint, StepStats]) -> bool:
+    def finite(self, stats: Mapping[str, StepStats]) -> bool:
         """Whether every loss and gradient is a number, and so whether the step may be taken."""
-        found = [each.finite(stats[p]) for p, each in self.learners.items()]
+        found = [each.finite(stats[name]) for name, each in self.learners.items()]
         return bool(torch.stack(found).all())
 
     def healthy(self) -> bool:
         """Whether all weights are finite."""
         return all(each.healthy() for each in self.learners.values())
 
-    def apply(self, batches: Batches, stats: Mapping[Hookpoint, StepStats]) -> None:
+    def apply(self, batches: Batches, stats: Mapping[str, StepStats]) -> None:
         """Take the step."""
-        for point, each in self.learners.items():
-            each.apply(batches[point], stats[point], self.done)
+        for name, each in self.learners.items():
+            each.apply(batches[name], stats[name], self.done)
         self.tokens += self.plan.config.optim.batch
         self.steps += 1
         self.streak = 0
 
     def metrics(
-        self, batches: Batches, stats: Mapping[Hookpoint, StepStats]
+        self, batches: Batches, stats: Mapping[str, StepStats]
     ) -> dict[str, dict[str, float]]:
-        """A row for each hookpoint."""
+        """A row for each SAE."""
         shared = {"masked": self.stream.reading.masked, "skipped": self.skipped}
         return {
-            str(p): each.metrics(stats[p], batches[p]) | shared for p, each in self.learners.items()
+            name: each.metrics(stats[name], batches[name]) | shared
+            for name, each in self.learners.items()
         }
 
     def skip(self, batches: Batches, log: "Log") -> None:
@@ -246,7 +256,7 @@ class Training:
     def save(self, log: "Log") -> None:
         """Write a checkpoint, named by the tokens drawn."""
         config = self.plan.config
-        parts = {folder_name(str(p)): each.state() for p, each in self.learners.items()}
+        parts = {folder_name(name): each.state() for name, each in self.learners.items()}
         parts["stream"] = self.stream.state()
         facts = {
             "tokens": self.tokens,
@@ -275,9 +285,9 @@ class Training:
     def finish(self, ended: str) -> None:
         """Write the SAEs and the manifest; a run that has ended needs its checkpoints no more."""
         if self.steps and self.healthy():
-            examples = self.stream.peek(2 * fingerprint.ROWS)  # twice, should some not be finite
-            for point, learner in self.learners.items():
-                save(self.plan, point, learner, examples[point], self.tokens, ended)
+            examples = self._peek(2 * fingerprint.ROWS)  # twice, should some not be finite
+            for name, learner in self.learners.items():
+                save(self.plan, name, learner, examples[name], self.tokens, ended)
         facts = {
             "tokens": self.tokens,
             "ended": ended,
@@ -288,6 +298,15 @@ class Training:
         store.write_manifest(self.plan.output, facts)
         if ended in (COMPLETE, TEXT_ENDED):
             checkpoint.remove(self.plan.output)
+
+
+def _sides(
+    route: Route, found: Mapping[Hookpoint, Statistics]
+) -> tuple[Statistics, Statistics | None]:
+    """Of what an SAE reads; and of what it rebuilds, where that is something else."""
+    sides = (route.inputs, route.targets)
+    x, y = (Statistics.side_by_side([found[point] for point in side]) for side in sides)
+    return x, y if route.is_map else None
 
 
 def _prepare(plan: Plan, *, anew: bool) -> None:
@@ -310,13 +329,11 @@ def _gave_up(training: Training) -> RunError:
     )
 
 
-def save(
-    plan: Plan, point: Hookpoint, learner: Learner, examples: Batch, tokens: int, ended: str
-) -> None:
+def save(plan: Plan, name: str, learner: Learner, examples: Batch, tokens: int, ended: str) -> None:
     """Write one SAE for raw activations, with its origin and what it gives for examples."""
-    available = plan.source.tokens_available
+    available, route = plan.source.tokens_available, plan.routes[name]
     origin = {
-        "hookpoint": str(point),
+        **route.origin(),
         "model": plan.lm.name,
         "revision": plan.lm.revision,
         "data": plan.source.name,
@@ -324,12 +341,13 @@ def save(
         "tokens": tokens,
         "epochs": round(tokens / available, 3) if available else None,
         "ended": ended,
-        "scale": learner.scale,
+        **learner.scales(),
         "seed": plan.config.seed,
     }
-    folder = plan.output / "saes" / folder_name(str(point))
+    folder = plan.output / "saes" / folder_name(name)
+    targets = examples.y if route.is_map else None
     with store.staged(folder, extra=origin, overwrite=True) as staging:
-        learner.raw().save_pretrained(staging, origin, inputs=examples.x)
+        learner.raw().save_pretrained(staging, origin, inputs=examples.x, targets=targets)
 
 
 class Log:
@@ -356,7 +374,7 @@ class Log:
         self._mirror.close()
 
     def write(self, training: Training, rows: dict[str, dict[str, float]]) -> None:
-        """Append the metrics of every hookpoint; a number that is not finite becomes null."""
+        """Append the metrics of every SAE; a number that is not finite becomes null."""
         for hookpoint, metrics in rows.items():
             finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
             self._append("metrics", training, {"hookpoint": hookpoint} | finite)

@@ -9,11 +9,12 @@ import torch
 from planted import tiny_model
 from torch import Tensor
 
-from sae.activations import ActivationStream, Batch, Statistics, read
+from sae.activations import ActivationStream, Batch, Sites, Statistics, read
 from sae.builtin.document import Document
 from sae.data import Packer, TokenBatch
-from sae.errors import ConfigError, DataError, ModelError
+from sae.errors import ConfigError, DataError, FormatError, ModelError
 from sae.hooks import Hookpoint
+from sae.routes import Route
 
 CONTEXT, LLM_BATCH, BATCH, POOL = 16, 2, 8, 64
 ACT, IN, OUT = (Hookpoint(f"layers.{name}") for name in ("0.mlp_act", "1.mlp_in", "1.mlp_out"))
@@ -208,3 +209,32 @@ def test_activations_that_cannot_be_scaled(rows: TokenBatch, tokenizer: Any, val
 
 def test_the_scale_brings_the_mean_norm_to_the_root_of_the_width() -> None:
     assert Statistics(torch.zeros(16), 8.0).scale == 0.5
+
+
+def test_hookpoints_side_by_side_weigh_alike() -> None:
+    """Each has a scale of its own, kept by checkpoints and, as plain data, by what is saved."""
+    acts = [torch.randn(500, 4) * 5 + 1, torch.randn(500, 9)]
+    one, other = (Statistics.of([part], "acts") for part in acts)
+    both = Statistics.side_by_side([one, other])
+    assert Statistics.side_by_side([one]) is one and torch.equal(both.mean[4:], other.mean)
+    scaled = torch.cat(acts, 1) * both.sites.scale(torch.device("cpu"))
+    assert scaled[:, :4].norm(dim=1).mean().item() == pytest.approx(2, rel=1e-5)
+    assert scaled[:, 4:].norm(dim=1).mean().item() == pytest.approx(3, rel=1e-5)
+    assert one.sites.scale(torch.device("cpu")) == one.sites.plain() == one.scale
+    for sites in (one.sites, both.sites):
+        assert Sites.restored(sites.state()) == sites
+        assert Sites(sites.widths, (1.0,) * len(sites.widths)).rescaled(sites.plain()) == sites
+        assert sites.rescaled(None) is sites
+    for wrong in (2.0, [1.0], [1.0, "a"], "ab"):
+        with pytest.raises(FormatError, match="expected 2 numbers"):
+            both.sites.rescaled(wrong)
+
+
+def test_a_batch_along_a_route_is_what_it_reads_and_rebuilds() -> None:
+    source = torch.zeros(3, 2, dtype=torch.long)
+    acts = {point: torch.randn(3, 2 + i) for i, point in enumerate((ACT, IN, OUT))}
+    batches = {point: Batch(values, values, source) for point, values in acts.items()}
+    plain = Batch.along(Route.at(ACT), batches)
+    assert plain.x is plain.y is acts[ACT] and plain.source is source
+    both = Batch.along(Route((IN, ACT), (OUT,)), batches)
+    assert torch.equal(both.x, torch.cat([acts[IN], acts[ACT]], 1)) and both.y is acts[OUT]

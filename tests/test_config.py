@@ -100,7 +100,23 @@ MISTAKES = [
     ("data: {heldout: 1}", "data.heldout: 1 came, wanted a number from 0 to below 1"),
     (
         "hookpoints: []",
-        "hookpoints: [] came, wanted a list of hookpoints, at least one and each once",
+        "hookpoints: [] came, wanted at least one, or inputs (none) of a map; change either",
+    ),
+    (
+        "inputs: [a, a]\ntargets: b",
+        'inputs: ["a", "a"] came, wanted a list of hookpoints, at least one and each once',
+    ),
+    (
+        "inputs: a",
+        'inputs: ["a"] came, wanted targets (none) beside them; change either',
+    ),
+    (
+        "targets: a",
+        'targets: ["a"] came, wanted inputs (none) beside them; change either',
+    ),
+    (
+        "{hookpoints: a, inputs: b, targets: [c, d]}",
+        'hookpoints: ["a"] came, wanted none beside a map\'s targets (c, d); change either',
     ),
     (
         "hookpoints: [a, a]",
@@ -319,7 +335,7 @@ def test_flags_cover_every_setting_with_help_and_accept_their_own_defaults():
         kind = of[1] if of else "relu_l1"
         default = flag.default
         value: object = "null" if default is None else str(default).lower()
-        if flag.many and default:
+        if flag.many:
             value = [str(item) for item in default]
         same = resolve(None, {"sae.sparsity.kind": kind, flag.name: value})
         assert same == resolve(None, {"sae.sparsity.kind": kind}), flag.name
@@ -365,6 +381,14 @@ def test_a_dumped_config_loads_back_equal(config, tmp_path_factory):
     assert load(path) == config
 
 
+def test_a_map_is_wanted_in_place_of_hookpoints(tmp_path):
+    config = resolve(None, {"inputs": "layers.2.mlp_in", "targets": ["[a, b]"]})
+    assert (config.hookpoints, config.inputs) == ((), ("layers.2.mlp_in",))
+    assert config.targets == ("a", "b")
+    (tmp_path / "config.yaml").write_text(dump(config), encoding="utf-8")
+    assert load(tmp_path / "config.yaml") == config
+
+
 @settings(max_examples=60, deadline=None, database=None)
 @given(config=configs)
 def test_run_names_are_plain_folder_names(config):
@@ -386,6 +410,11 @@ def test_run_names_say_what_was_trained():
     }
     name = "pythia-70m-layers.all.mlp_out-and-1-more-topk-d4096-k_32-k_start_8-seed_1"
     assert run_name(resolve(None, changed)) == name
+    sides = {"inputs": "layers.2.mlp_in", "targets": "layers.2.mlp_out", "sae.skip": "true"}
+    name = "builtin-layers.2.mlp_in-to-layers.2.mlp_out-relu_l1-x8-skip"
+    assert run_name(resolve(None, sides)) == name
+    sides = {"inputs": "layers.*.mlp_out", "targets": "layers.*.mlp_out"}
+    assert run_name(resolve(None, sides)) == "builtin-layers.all.mlp_out-relu_l1-x8"
 
 
 def test_width_is_a_multiple_of_the_input_unless_given():

@@ -19,7 +19,7 @@ ROWS = (
     "config builtin",
     "store text hooks documents sparsity kernels language_model mirror geometry",
     "labels company plane",
-    "fingerprint data progress records checkpoint steps concepts",
+    "fingerprint data progress records checkpoint steps concepts routes",
     "autoencoder browser",
     "activations losses revival",
     "formats evaluation planning synthetic",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import BATCH, CONTEXT, RELU, TOKENS, planned, save
+from tiny import BATCH, CONTEXT, MAPS, RELU, TOKENS, planned, save
 
 from sae import planning
 from sae.activations import read
@@ -33,6 +33,24 @@ def test_a_plan_says_what_it_reads_makes_and_needs(folder: Path) -> None:
     assert made.source.fingerprint in lines["text"] and str(folder / "run") in lines["disk"]
     assert made.sae_bytes() == 4 * (2 * 24 * 48 + 48 + 24)
     assert files(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "numbers"),
+    [
+        ("transcoder", "layers.1.mlp_in-to-layers.1.mlp_out: 16 → 48 features → 16", 48 * 33 + 16),
+        ("skip transcoder", "topk k 4 and W_skip", 48 * 33 + 16 + 256),
+        ("crosscoder", "layers.0-1.mlp_out: 32 → 48 features, topk", 48 * 65 + 32),
+        ("all to all", "layers.0-1.mlp_in-to-layers.0-1.mlp_out: 32 → 48", 48 * 65 + 32 + 32 * 32),
+    ],
+)
+def test_a_plan_of_a_map_counts_both_its_sides(
+    folder: Path, name: str, line: str, numbers: int
+) -> None:
+    made = planned(folder, MAPS[name])
+    assert line in dict(made.lines())["SAE"] and made.sae_bytes() == 4 * numbers
+    assert made.pool_bytes() == 512 * (4 * 16 * len(made.hookpoints) + 16)
+    assert planning.estimate(made)
 
 
 def test_a_plan_says_how_often_the_text_is_read_and_that_none_is_held_out(
@@ -94,6 +112,8 @@ def test_durations_are_in_the_unit_people_use(seconds: float, words: str) -> Non
         ({"sae.d_sae": "999999999999"}, ConfigError, "GB of memory"),
         ({"optim.pool": "99999999999999"}, ConfigError, "optim.pool: 99,999,999,999,999 tokens"),
         ({"device": "cuda:99"}, ConfigError, "give cpu or auto"),
+        ({"sae.skip": "true"}, ConfigError, "layers.1.mlp_act is rebuilt from itself"),
+        (MAPS["transcoder"] | {"targets": ["layers.7.mlp_out"]}, HookpointError, "layers 0-1"),
         ({"init_from": "nowhere"}, RunError, "init_from: nowhere: no such folder"),
     ],
 )

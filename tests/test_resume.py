@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import BATCH, TOKENS, overrides, planned, save
+from tiny import BATCH, MAPS, RELU, TOKENS, overrides, planned, save
 from variants import VARIANTS
 
 from sae import checkpoint, cli, store, training
@@ -83,6 +83,20 @@ def test_an_interrupted_run_ends_in_the_same_bits(
     assert not (run / "steps").exists()
     assert metrics(run) == metrics(whole)
     assert [e["event"] for e in events(run)] == ["resumed"] * len(steps)
+
+
+@pytest.mark.parametrize("sparsity", [{}, RELU | {"optim.dead_after": "200"}], ids=["topk", "relu"])
+@pytest.mark.parametrize("name", MAPS)
+def test_an_interrupted_map_ends_in_the_same_bits(
+    folder: Path, tmp_path: Path, name: str, sparsity: dict
+) -> None:
+    """Each hookpoint has a scale of its own, which a checkpoint keeps."""
+    changes, run = MAPS[name] | sparsity, tmp_path / "run"
+    whole = trained(folder, tmp_path / "whole", changes)
+    trained(folder, run, changes, report=interrupted(signal.SIGTERM, 17 * BATCH))
+    trained(folder, run, changes, resume=saved_state(run))
+    assert weights(run) == weights(whole) and len(weights(run)) == 1
+    assert metrics(run) == metrics(whole)
 
 
 def metrics(run: Path) -> list[dict]:

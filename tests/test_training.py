@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import BATCH, CONTEXT, RELU, TOKENS, llama, planned, save
+from tiny import BATCH, CONTEXT, MAPS, RELU, TOKENS, along, llama, planned, save
 
 from sae import config, training
 from sae.autoencoder import SparseAutoencoder
 from sae.planning import Plan
+from sae.routes import Route
 from sae.store import Run, read_manifest, sha256
 
 BOTH = {"hookpoints": "layers.*.mlp_act"}
@@ -110,6 +111,54 @@ def test_the_saved_weights_take_raw_activations(folder: Path, tmp_path: Path) ->
     assert manifest["tokens"] == TOKENS and manifest["ended"] == "complete"
     assert manifest["hookpoint"] == str(point) and manifest["model"] == str(folder / "model")
     assert manifest["data_fingerprint"] == plan.source.fingerprint
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_a_map_reads_its_inputs_and_rebuilds_its_targets(
+    folder: Path, tmp_path: Path, name: str
+) -> None:
+    """In raw activations, side by side; what is saved says which."""
+    from sae.activations import read
+
+    fvu = []
+    plan = planned(folder, MAPS[name] | {"output": str(tmp_path / "run"), "optim.lr": "0.01"})
+    ((given, route),) = plan.routes.items()
+    run = training.train(plan, lambda _, rows: fvu.append(rows[given]["fvu"]))
+    sae = SparseAutoencoder.from_pretrained(run)
+    acts, _ = read(plan.lm.model, plan.hookpoints, next(plan.source.heldout(8)), plan.dtype)
+    x, y = route.x(acts), route.y(acts)
+    widths = tuple(plan.widths[point] for point in route.targets)
+    assert (sae.d_in, sae.d_out, sae.sites) == (x.shape[1], y.shape[1], widths)
+    assert (sae.W_skip is not None) == plan.config.sae.skip and fvu[-1] < 0.9
+    missed = (sae(x).recon - y).square().sum() / (y - y.mean(0)).square().sum()
+    assert missed.item() < 1
+    manifest = read_manifest(Run(run).sae())
+    assert Route.parse("", manifest) == route and manifest["hookpoint"] == given
+    scales = [manifest["scale"]] if len(route.inputs) == 1 else manifest["scale"]
+    norms = [16**0.5 / scale for scale in scales]
+    found = [acts[point].norm(dim=1).mean().item() for point in route.inputs]
+    assert norms == pytest.approx(found, rel=0.1)
+
+
+def test_a_map_of_a_hookpoint_to_itself_is_the_plain_sae_to_the_bit(
+    folder: Path, tmp_path: Path
+) -> None:
+    point = "layers.1.mlp_out"
+    plain = training.train(planned(folder, {"hookpoints": point, "output": str(tmp_path / "a")}))
+    changes = along([point], [point]) | {"output": str(tmp_path / "b")}
+    same = training.train(planned(folder, changes))
+    first, second = (sha256(Run(run).sae(point) / "sae.safetensors") for run in (plain, same))
+    assert first == second
+
+
+def test_a_map_goes_on_from_another(folder: Path, tmp_path: Path) -> None:
+    first, second = [], []
+    changes = MAPS["all to all"] | {"output": str(tmp_path / "first"), "optim.lr": "0.01"}
+    run = training.train(planned(folder, changes), lambda *row: first.append(row))
+    changes |= {"output": str(tmp_path / "second"), "init_from": str(run)}
+    training.train(planned(folder, changes), lambda *row: second.append(row))
+    before, after = (next(iter(rows[0][1].values()))["fvu"] for rows in (first, second))
+    assert after < 0.8 * before
 
 
 def test_one_seed_gives_one_result_and_another_seed_another(folder: Path, tmp_path: Path) -> None:

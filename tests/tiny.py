@@ -86,8 +86,23 @@ RELU = {"sae.sparsity.kind": "relu_l1", "sae.sparsity.k": None, "sae.sparsity.l1
 """Changes that make the run one of the other sparsity."""
 
 
+def along(inputs: list[str], targets: list[str], **changes: str) -> dict[str, Any]:
+    """Changes that make the run one map."""
+    return {"hookpoints": None, "inputs": inputs, "targets": targets} | changes
+
+
+OUTS = ["layers.*.mlp_out"]
+MAPS = {
+    "transcoder": along(["layers.1.mlp_in"], ["layers.1.mlp_out"]),
+    "skip transcoder": along(["layers.1.mlp_in"], ["layers.1.mlp_out"], **{"sae.skip": "true"}),
+    "crosscoder": along(OUTS, OUTS),
+    "all to all": along(["layers.*.mlp_in"], OUTS, **{"sae.skip": "true", "sae.init": "data"}),
+}
+"""Changes that make the run a map, or an autoencoder at several hookpoints."""
+
+
 def planned(
-    folder: Path, changes: Mapping[str, str | None] | None = None, *, resuming: bool = False
+    folder: Path, changes: Mapping[str, Any] | None = None, *, resuming: bool = False
 ) -> Plan:
     """A plan under `changes`; None leaves a setting at its default."""
     given = overrides(folder) | dict(changes or {})
