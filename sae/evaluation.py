@@ -8,11 +8,11 @@ by sequence in fp64; the standard errors resample the sequences. docs/metrics.md
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from sae.data import TokenBatch
 from sae.errors import DataError, HookpointError
 from sae.hooks import Hookpoint, capture, replace, resolve, width
 from sae.memory import MicroBatch
+from sae.routes import Route
 
 RESAMPLES = 200
 DENSE = 0.1
@@ -38,8 +39,9 @@ On the CPU 1 << 24 peaks at 670 MiB in all, 1 << 22 at 560 MiB, of which the imp
 (60k tokens, 4 layers of width 128, 4,096 features).
 """
 
-Swap = tuple[Hookpoint, Callable[[Float[Tensor, "n d"]], Tensor]]
+Swap = Mapping[Hookpoint, Callable[[Float[Tensor, "n d"]], Tensor]]
 T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
 
 
 # ----------------------------------------------------------------------------------- the results
@@ -89,8 +91,21 @@ class Density:
 
 
 @dataclass(frozen=True)
+class SiteEvaluation:
+    """One of several hookpoints that a map writes to, the others left as the model has them."""
+
+    hookpoint: str
+    fvu: Estimate
+    cross_entropy: CrossEntropy | None
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """One autoencoder on held-out text; `dead` and `dense` are shares of its features.
+
+    Of a map FVU is that of its targets, and cross-entropy that with all of them replaced by what it
+    makes of the model's own activations at its inputs; `sites` says the same of each target alone,
+    where there are several.
 
     `dead` means never active on these `n_tokens` tokens. `cross_entropy` is None without a
     language-model head, `baseline` empty where there are no neurons, `neurons_l0` None where the
@@ -99,6 +114,7 @@ class Evaluation:
 
     hookpoint: str
     d_in: int
+    d_out: int
     d_sae: int
     n_tokens: int
     n_sequences: int
@@ -110,6 +126,7 @@ class Evaluation:
     cross_entropy: CrossEntropy | None
     baseline: tuple[NeuronBaseline, ...]
     neurons_l0: Estimate | None
+    sites: tuple[SiteEvaluation, ...]
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -123,41 +140,46 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     model: PreTrainedModel,
-    sae_by_hookpoint: Mapping[Hookpoint, SparseAutoencoder],
+    saes: Mapping[K, SparseAutoencoder],
     batches: Iterable[TokenBatch],
     *,
     n_tokens: int,
+    routes: Mapping[K, Route] | None = None,
     ks: Sequence[int] = (),
     baselines: bool = False,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
-) -> dict[Hookpoint, Evaluation]:
+) -> dict[K, Evaluation]:
     """Every autoencoder (raw activations in and out) on the first rows with `n_tokens` kept tokens.
 
-    At mlp_act and mlp_out the k largest neurons stand beside it, for k = its L0, rounded, and each
-    of `ks`; their cross-entropy takes a forward pass a k and is computed with `baselines`. The
-    model should be fp32. `progress` hears the tokens done, n_tokens (to the full row) in all.
+    `saes` goes by hookpoint, or by names of any kind where `routes` says what each reads and
+    rebuilds. Where that is one mlp_act or mlp_out the k largest neurons stand beside it, for k =
+    its L0, rounded, and each of `ks`; their cross-entropy takes a forward pass a k and is computed
+    with `baselines`. The model should be fp32. `progress` hears the tokens done, n_tokens (to the
+    full row) in all.
     Where memory runs out, fewer rows are read at a time, and a warning says so.
 
     Raises:
         DataError: no kept token.
         HookpointError: a hookpoint does not exist or has another width than its autoencoder.
     """
-    saes = {point: _ready(model, point, sae) for point, sae in sae_by_hookpoint.items()}
     if not saes:
         return {}
+    along = {key: routes[key] if routes else Route.at(cast(Hookpoint, key)) for key in saes}
+    saes = {key: _ready(model, along[key], sae) for key, sae in saes.items()}
     with _as_deployed(model):
-        bench = _Bench(model, list(saes), batches, n_tokens, seed, progress)
+        bench = _Bench(model, along, batches, n_tokens, seed, progress)
         n_neurons = sum(point is not None for point in bench.neurons.values())
-        bench.plan(1 + len(saes) * (3 if bench.head else 0) + 1 + n_neurons * (2 + len(ks)))
+        n_views = sum(len(_views(route)) for route in along.values())
+        bench.plan(1 + n_views * (3 if bench.head else 0) + 1 + n_neurons * (2 + len(ks)))
         sites = _read_sites(bench)
         scores = _score(bench, saes, sites)
         found = {}
-        for point, sae in saes.items():
-            l0 = bench.ratio(scores[point]["active"], bench.kept)
+        for key, sae in saes.items():
+            l0 = bench.ratio(scores[key][0]["active"], bench.kept)
             wanted = {round(l0.value or 0), *ks}
-            neurons = _largest_neurons(bench, point, sites, scores[point], wanted, baselines)
-            found[point] = _summary(bench, point, sae, sites, scores[point], neurons)
+            neurons = _largest_neurons(bench, key, sites, scores[key][0], wanted, baselines)
+            found[key] = _summary(bench, key, sae, sites, scores[key], neurons)
         bench.finish()
     return found
 
@@ -177,14 +199,15 @@ def baseline(
     k counts at most all neurons. Raises HookpointError at another place, DataError without text.
     """
     with _as_deployed(model):
-        bench = _Bench(model, [hookpoint], batches, n_tokens, seed, None)
+        along = {hookpoint: Route.at(hookpoint)}
+        bench = _Bench(model, along, batches, n_tokens, seed, None)
         if bench.neurons[hookpoint] is None:
             raise HookpointError(
                 f"hookpoint {hookpoint}: the neurons are a baseline for mlp_act and mlp_out of "
                 "layers with one set of neurons, not here"
             )
         sites = _read_sites(bench)
-        scores = _score(bench, {}, sites)[hookpoint]
+        (scores,) = _score(bench, {}, sites)[hookpoint]
         return list(_largest_neurons(bench, hookpoint, sites, scores, ks, bench.head))
 
 
@@ -267,23 +290,24 @@ class _Sums(defaultdict[str, np.ndarray]):
         self.fired: Tensor | None = None  # [d_sae] tokens on which each feature is active
 
 
-class _Bench:
-    """A model, the text it is tried on, and the hookpoints looked at."""
+class _Bench(Generic[K]):
+    """A model, the text it is tried on, and what is looked at: routes, and neurons behind some."""
 
     def __init__(
         self,
         model: PreTrainedModel,
-        points: list[Hookpoint],
+        routes: Mapping[K, Route],
         batches: Iterable[TokenBatch],
         n_tokens: int,
         seed: int,
         progress: Callable[[int], None] | None,
     ):
-        self.model, self.points, self.wanted = model, points, n_tokens
+        self.model, self.routes, self.wanted = model, routes, n_tokens
+        self.points = list(dict.fromkeys(p for route in routes.values() for p in route.points))
         self.tokens, self.mask = _collect(batches, n_tokens)
         self.kept = self.mask.sum(1).double().numpy()
         self.head = _predicts(model)
-        self.neurons = {point: _neurons(model, point) for point in points}
+        self.neurons = {key: _neurons(model, route) for key, route in routes.items()}
         self._weights = resamples(len(self.tokens), seed)
         self._progress, self._share, self._done, self._told = progress, 0.0, 0.0, 0
         self._passes = 0
@@ -331,8 +355,8 @@ class _Bench:
         """Kept activations at `read`, behind a `swap`, and with `predict` each row's loss."""
         losses = np.zeros(len(chunk.tokens))
         with ExitStack() as stack:
-            if swap is not None:
-                stack.enter_context(replace(self.model, swap[0], chunk.at_kept(swap[1])))
+            for point, fn in (swap or {}).items():
+                stack.enter_context(replace(self.model, point, chunk.at_kept(fn)))
             acts = stack.enter_context(capture(self.model, read, stop=not predict))
             output = self.model(chunk.tokens, **({"use_cache": False} if predict else {}))
             losses = chunk.losses(output.logits)  # not reached where the pass stops early
@@ -384,9 +408,10 @@ def _predicts(model: PreTrainedModel) -> bool:
     return model.can_generate() and not getattr(model.config, "is_encoder_decoder", False)
 
 
-def _neurons(model: PreTrainedModel, point: Hookpoint) -> Hookpoint | None:
-    """The mlp_act behind an mlp_act or mlp_out; None elsewhere and where the layer has no one."""
-    if point.site not in ("mlp_act", "mlp_out"):
+def _neurons(model: PreTrainedModel, route: Route) -> Hookpoint | None:
+    """The mlp_act behind the one mlp_act or mlp_out that is rebuilt; None where there is no one."""
+    point, *others = route.targets
+    if others or point.site not in ("mlp_act", "mlp_out"):
         return None
     try:
         return resolve(model, [f"layers.{point.layer}.mlp_act"])[0]
@@ -394,13 +419,14 @@ def _neurons(model: PreTrainedModel, point: Hookpoint) -> Hookpoint | None:
         return None
 
 
-def _ready(model: PreTrainedModel, point: Hookpoint, sae: SparseAutoencoder) -> SparseAutoencoder:
+def _ready(model: PreTrainedModel, route: Route, sae: SparseAutoencoder) -> SparseAutoencoder:
     """The autoencoder in fp32 beside the model; a copy where that changes it."""
-    d = width(model, point)
-    if (sae.d_in, sae.d_out) != (d, d):
+    d_in, d_out = (sum(width(model, p) for p in side) for side in (route.inputs, route.targets))
+    if (sae.d_in, sae.d_out) != (d_in, d_out):
+        widths = f"{d_in} and {d_out}" if route.is_map else d_in
         raise HookpointError(
-            f"hookpoint {point}: its activations have width {d}, the autoencoder reads {sae.d_in} "
-            f"and writes {sae.d_out}; evaluate it where it was trained"
+            f"hookpoint {route}: its activations have width {widths}, the autoencoder reads "
+            f"{sae.d_in} and writes {sae.d_out}; evaluate it where it was trained"
         )
     if (sae.dtype, sae.device) == (torch.float32, model.device):
         return sae
@@ -461,48 +487,76 @@ def _read_sites(bench: _Bench) -> dict[Hookpoint, _Site]:
     return sites
 
 
-def _score(
-    bench: _Bench, saes: Mapping[Hookpoint, SparseAutoencoder], sites: Mapping[Hookpoint, _Site]
-) -> dict[Hookpoint, _Sums]:
-    """Each sequence's sums: squared errors, active features, cross-entropies.
+def _views(route: Route) -> list[tuple[Hookpoint, ...]]:
+    """What is replaced at a time: all targets; and where there are several, each alone."""
+    return [route.targets, *([(p,) for p in route.targets] if len(route.targets) > 1 else ())]
 
-    Hookpoints without an autoencoder get only what their baseline is measured against.
+
+def _score(
+    bench: _Bench[K], saes: Mapping[K, SparseAutoencoder], sites: Mapping[Hookpoint, _Site]
+) -> dict[K, list[_Sums]]:
+    """Each sequence's sums of every view: squared errors, active features, cross-entropies.
+
+    Without an autoencoder there is only what the baseline is measured against.
     """
-    scores = {point: bench.sums() for point in bench.points}
+    scores = {key: [bench.sums() for _ in _views(route)] for key, route in bench.routes.items()}
     at_once = {
-        point: MicroBatch(
-            f"the SAE of {point}", "tokens", "evaluate with --device cpu", _tokens_at_once(sae)
+        key: MicroBatch(
+            f"the SAE of {key}", "tokens", "evaluate with --device cpu", _tokens_at_once(sae)
         )
-        for point, sae in saes.items()
+        for key, sae in saes.items()
     }
 
-    def score(chunk: _Chunk) -> dict[Hookpoint, Tensor]:
+    def score(chunk: _Chunk) -> dict[K, Tensor]:
         """How often each feature fires; everything else goes to the chunk's rows of `scores`."""
         acts, clean = bench.run(chunk, bench.points, predict=bench.head)
-        fired: dict[Hookpoint, Tensor] = {}
-        for point, y in acts.items():
-            sums, mean = scores[point], sites[point].mean
-            values: dict[str, Tensor] = {"ce_mean": mean}
-            if point in saes:
-                values |= {"ce_zero": torch.zeros_like(mean)}
-                recon, active, fired[point] = _reconstruct(saes[point], y.float(), at_once[point])
-                sums["active"][chunk.rows] = chunk.by_row(active)
-                _set_errors(chunk, sums, y, recon, mean)
-                values["ce_sae"] = recon
-            if not bench.head:
-                continue
-            sums["ce_model"][chunk.rows] = clean
-            sums["predicted"][chunk.rows] = (chunk.targets() >= 0).sum(1).cpu().numpy()
-            for name, value in values.items():
-                swap = (point, partial(_constant, value))
-                sums[name][chunk.rows] = bench.run(chunk, [], swap=swap, predict=True)[1]
+        fired: dict[K, Tensor] = {}
+        for key, route in bench.routes.items():
+            targets = {p: _Target(p, acts[p], sites[p].mean) for p in route.targets}
+            if key in saes:
+                x = route.x(acts).float()
+                recon, active, fired[key] = _reconstruct(saes[key], x, at_once[key])
+                scores[key][0]["active"][chunk.rows] = chunk.by_row(active)
+                parts = recon.split([len(target.mean) for target in targets.values()], dim=1)
+                for target, part in zip(targets.values(), parts, strict=True):
+                    target.recon = part
+            for sums, points in zip(scores[key], _views(route), strict=True):
+                sums["ce_model"][chunk.rows] = clean
+                _look_at(bench, chunk, sums, [targets[point] for point in points])
         return fired
 
     for fired in bench.each(score):
-        for point, counts in fired.items():
-            before = scores[point].fired
-            scores[point].fired = counts if before is None else before + counts
+        for key, counts in fired.items():
+            before = scores[key][0].fired
+            scores[key][0].fired = counts if before is None else before + counts
     return scores
+
+
+@dataclass
+class _Target:
+    """A hookpoint that is rebuilt: its activations, their mean, what an autoencoder makes of it."""
+
+    point: Hookpoint
+    y: Float[Tensor, "n d"]
+    mean: Float[Tensor, " d"]
+    recon: Float[Tensor, "n d"] | None = None
+
+
+def _look_at(bench: _Bench, chunk: _Chunk, sums: _Sums, targets: Sequence[_Target]) -> None:
+    """The errors at some targets, and cross-entropies with all of them replaced."""
+    rebuilt = {target.point: target.recon for target in targets if target.recon is not None}
+    means = {target.point: target.mean for target in targets}
+    values = {"ce_mean": means}
+    if rebuilt:
+        values |= {"ce_zero": {p: torch.zeros_like(mean) for p, mean in means.items()}}
+        values |= {"ce_sae": rebuilt}
+        _set_errors(chunk, sums, [(t.y, rebuilt[t.point], t.mean) for t in targets])
+    if not bench.head:
+        return
+    sums["predicted"][chunk.rows] = (chunk.targets() >= 0).sum(1).cpu().numpy()
+    for name, by_point in values.items():
+        swap = {point: partial(_constant, value) for point, value in by_point.items()}
+        sums[name][chunk.rows] = bench.run(chunk, [], swap=swap, predict=True)[1]
 
 
 def _tokens_at_once(sae: SparseAutoencoder) -> int:
@@ -519,20 +573,20 @@ def _reconstruct(
     """The autoencoder's output, and how many features are active by token and by feature."""
 
     def look(tokens: slice) -> tuple[Tensor, Tensor, Tensor]:
-        acts = sae.encode(x[tokens])
-        fires = acts != 0
-        return sae.decode(acts), fires.sum(1), fires.sum(0)
+        out = sae(x[tokens])
+        fires = out.acts != 0
+        return out.recon, fires.sum(1), fires.sum(0)
 
     parts = [found for _, found in at_once.split(len(x), look)]
     recon, active, fired = zip(*parts, strict=True)
     return torch.cat(recon), torch.cat(active), torch.stack(fired).sum(0)
 
 
-def _set_errors(chunk: _Chunk, sums: _Sums, y: Tensor, recon: Tensor, mean: Tensor) -> None:
-    """Σ‖y − ŷ‖² and Σ‖y − ȳ‖² of each of the chunk's sequences."""
-    y = y.double()
-    sums["missed"][chunk.rows] = chunk.by_row((y - recon).square().sum(1))
-    sums["variation"][chunk.rows] = chunk.by_row((y - mean).square().sum(1))
+def _set_errors(chunk: _Chunk, sums: _Sums, found: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+    """Σ‖y − ŷ‖² and Σ‖y − ȳ‖² of each of the chunk's sequences, over the y, ŷ and ȳ `found`."""
+    missed = [chunk.by_row((y.double() - recon).square().sum(1)) for y, recon, _ in found]
+    variation = [chunk.by_row((y.double() - mean).square().sum(1)) for y, _, mean in found]
+    sums["missed"][chunk.rows], sums["variation"][chunk.rows] = sum(missed), sum(variation)
 
 
 def keep_largest(
@@ -544,26 +598,27 @@ def keep_largest(
 
 
 def _largest_neurons(
-    bench: _Bench,
-    point: Hookpoint,
+    bench: _Bench[K],
+    key: K,
     sites: Mapping[Hookpoint, _Site],
     scores: _Sums,
     ks: Iterable[int],
     predict: bool,
 ) -> tuple[NeuronBaseline, ...]:
     """The baseline for every k; at mlp_out the model itself projects the neurons down."""
-    neurons, predict = bench.neurons[point], predict and bench.head
+    neurons, predict = bench.neurons[key], predict and bench.head
     if neurons is None:
         return ()
+    (point,) = bench.routes[key].targets
     mean = sites[neurons].mean
     by_k = {k: bench.sums() for k in sorted({min(k, len(mean)) for k in ks})}
 
     def compare(chunk: _Chunk) -> None:
         clean, _ = bench.run(chunk, [point], predict=False)
         for k, sums in by_k.items():
-            swap = (neurons, partial(keep_largest, k=k, mean=mean))
+            swap = {neurons: partial(keep_largest, k=k, mean=mean)}
             acts, losses = bench.run(chunk, [point], swap=swap, predict=predict)
-            _set_errors(chunk, sums, clean[point], acts[point], sites[point].mean)
+            _set_errors(chunk, sums, [(clean[point], acts[point], sites[point].mean)])
             sums["ce"][chunk.rows] = losses
 
     for _ in bench.each(compare):
@@ -586,7 +641,9 @@ def _recovered(bench: _Bench, sums: _Sums, ablated: np.ndarray, ce: np.ndarray) 
     return bench.ratio(ablated - ce, ablated - sums["ce_model"])
 
 
-def _cross_entropy(bench: _Bench, sums: _Sums) -> CrossEntropy:
+def _cross_entropy(bench: _Bench, sums: _Sums) -> CrossEntropy | None:
+    if not bench.head:
+        return None
     nats = {
         name: bench.ratio(sums[name], sums["predicted"])
         for name in ("ce_model", "ce_sae", "ce_mean", "ce_zero")
@@ -609,7 +666,7 @@ def density_histogram(share: Float[np.ndarray, " d_sae"], n_tokens: int) -> Dens
     return Density(tuple(edges.tolist()), tuple(counts.tolist()))
 
 
-def _notes(bench: _Bench, point: Hookpoint, fvu: Estimate) -> tuple[str, ...]:
+def _notes(bench: _Bench[K], key: K, fvu: Estimate) -> tuple[str, ...]:
     """What the numbers lack and why."""
     notes = []
     if not bench.head:
@@ -622,28 +679,30 @@ def _notes(bench: _Bench, point: Hookpoint, fvu: Estimate) -> tuple[str, ...]:
         notes.append("no standard errors: only one sequence")
     if fvu.value is None:
         notes.append("no FVU: activations all equal, or a reconstruction that is not finite")
-    if bench.neurons[point] is None:
+    if bench.neurons[key] is None:
         notes.append("no neuron baseline: only mlp_act and mlp_out have one set of neurons")
     return tuple(notes)
 
 
 def _summary(
-    bench: _Bench,
-    point: Hookpoint,
+    bench: _Bench[K],
+    key: K,
     sae: SparseAutoencoder,
     sites: Mapping[Hookpoint, _Site],
-    sums: _Sums,
+    scores: Sequence[_Sums],
     neurons: tuple[NeuronBaseline, ...],
 ) -> Evaluation:
     """The sums of one autoencoder as the numbers people compare."""
+    sums, *alone = scores
     assert sums.fired is not None
     share = sums.fired.cpu().numpy() / bench.n_tokens
     fvu = bench.ratio(sums["missed"], sums["variation"])
-    behind = bench.neurons[point]
+    behind = bench.neurons[key]
     site = None if behind is None else sites[behind]
     return Evaluation(
-        hookpoint=str(point),
+        hookpoint=str(key),
         d_in=sae.d_in,
+        d_out=sae.d_out,
         d_sae=sae.d_sae,
         n_tokens=bench.n_tokens,
         n_sequences=len(bench.tokens),
@@ -652,8 +711,16 @@ def _summary(
         dead=Estimate(float((share == 0).mean())),
         dense=Estimate(float((share > DENSE).mean())),
         density=density_histogram(share, bench.n_tokens),
-        cross_entropy=_cross_entropy(bench, sums) if bench.head else None,
+        cross_entropy=_cross_entropy(bench, sums),
         baseline=neurons,
         neurons_l0=bench.ratio(site.active, bench.kept) if site and site.sparse else None,
-        notes=_notes(bench, point, fvu),
+        sites=tuple(
+            SiteEvaluation(
+                str(point),
+                bench.ratio(own["missed"], own["variation"]),
+                _cross_entropy(bench, own),
+            )
+            for point, own in zip(bench.routes[key].targets, alone, strict=False)
+        ),
+        notes=_notes(bench, key, fvu),
     )

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from sae import hooks
 from sae.activations import forward_passes, read
-from sae.autoencoder import SparseAutoencoder
+from sae.autoencoder import SparseAutoencoder, read_config
 from sae.company import Cofiring, NeuronSample
 from sae.data import TokenBatch
 from sae.errors import DataError, ModelError
@@ -38,6 +38,7 @@ from sae.hooks import Hookpoint
 from sae.memory import MicroBatch
 from sae.plane import places
 from sae.records import EXAMPLES_SCHEMA, FEATURES_SCHEMA, INTERVALS
+from sae.routes import Route
 from sae.store import WEIGHTS, sha256, staged
 from sae.text import TokenPieces
 
@@ -49,8 +50,10 @@ COLUMNS_AT_ONCE = 4096
 """Columns of a matrix that is not fp32 that are converted at a time."""
 TRY_CPU = "use --device cpu, or a machine with more memory"
 
-_ADDED = frozenset({"mlp_act", "mlp_out", "attn_out", "resid_pre", "resid_post"})
-"""Sites whose vectors reach the logits along the residual stream."""
+_ADDED = frozenset({"mlp_act", "mlp_out", "attn_out"})
+"""Sites whose vectors are added to the residual stream."""
+_WRITING = _ADDED | {"resid_pre", "resid_post"}
+"""Sites whose vectors reach the logits along it."""
 _READING = frozenset({"mlp_in", "mlp_act", "resid_pre", "resid_post"})
 """Sites that the embedding reaches without passing an earlier nonlinearity."""
 
@@ -98,9 +101,10 @@ def scan(
 ) -> dict[str, Path]:
     """Read `n_tokens` kept tokens and write features/ into the folder of every SAE.
 
-    `saes` maps hookpoint → folder that holds sae.safetensors; `source` (model, revision, data
-    fingerprint) joins the manifest; the model computes in `dtype`; `progress` hears the tokens of
-    each batch. Returns hookpoint → features folder. Where memory runs out all the same, fewer rows,
+    `saes` maps name → folder that holds sae.safetensors; the name is the hookpoint where the folder
+    says no other; `source` (model, revision, data fingerprint) joins the manifest; the model
+    computes in `dtype`; `progress` hears the tokens of each batch. Returns name → features folder.
+    Where memory runs out all the same, fewer rows,
     tokens or features are taken at a time, and a warning says so. Raises DataError without text,
     ModelError on activations that are not finite.
     """
@@ -110,23 +114,25 @@ def scan(
         for name, path in saes.items():
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".scan-", dir=path))
             sae = SparseAutoencoder.from_pretrained(path, device=model.device)
-            spills.append(_Spill(Path(folder), Hookpoint.parse(name), sae, settings))
+            route = Route.parse(name, read_config(path).get("metadata") or {})
+            spills.append(_Spill(Path(folder), route, sae, settings))
         batches = _upto(batches, n_tokens)
         text = _Text(_read(model, spills, batches, dtype, progress), TokenPieces(tokenizer))
         written = {}
         for (name, path), spill in zip(saes.items(), spills, strict=True):
-            effects = _Effects(model, spill.hookpoint, spill.sae, text.pieces, settings)
+            effects = _Effects(model, spill.route, spill.sae, text.pieces, settings)
             written[name] = _write(path, name, spill, effects, text, source, settings)
         return written
 
 
 @torch.no_grad()
 def prompt_features(
-    model: Any, tokenizer: Any, sae: SparseAutoencoder, hookpoint: str, text: str, k: int = 5
+    model: Any, tokenizer: Any, sae: SparseAutoencoder, route: Route | str, text: str, k: int = 5
 ) -> list[tuple[str, list[tuple[int, float]]]]:
     """The `k` strongest features on each token of `text`: (piece, [(feature, activation), …]).
 
-    Special tokens have no features. Raises DataError for text longer than the model can read.
+    `route`: what the SAE reads and rebuilds, or the hookpoint that is both. Special tokens have no
+    features. Raises DataError for text longer than the model can read.
     """
     ids = tokenizer(text, verbose=False)["input_ids"]
     special = set(tokenizer.all_special_ids)
@@ -136,11 +142,12 @@ def prompt_features(
         raise DataError(f"the text has {len(ids)} tokens; the model reads 1 to {limit}")
     where = torch.arange(len(ids))[None]
     rows = TokenBatch(torch.tensor([ids]), where * 0, where, torch.tensor([kept]))
-    point = Hookpoint.parse(hookpoint)
+    route = Route.at(Hookpoint.parse(route)) if isinstance(route, str) else route
     with _evaluating(model):
-        x = read(model, [point], rows, torch.float32)[0][point].to(sae.dtype)
+        acts, _ = read(model, [*dict.fromkeys(route.inputs)], rows, torch.float32)
+    x = route.x(acts).to(sae.dtype)
     most = _tokens_at_once(sae, ScanSettings())
-    chunk = MicroBatch(f"the SAE of {hookpoint}", "tokens", TRY_CPU, most)
+    chunk = MicroBatch(f"the SAE of {route}", "tokens", TRY_CPU, most)
     count = min(k, sae.d_sae)
     tops = (top for _, top in chunk.split(len(x), lambda t: sae.encode(x[t]).float().topk(count)))
     strongest = (pair for v, f in tops for pair in zip(f.tolist(), v.tolist(), strict=True))
@@ -188,12 +195,13 @@ def _read(
     """The streaming pass: every SAE's activations above 0 to its spill; returns the rows read."""
     rows: list[TokenBatch] = []
     first, passes = 0, forward_passes()
+    points = list(dict.fromkeys(point for spill in spills for point in spill.route.inputs))
     with _evaluating(model):
         for batch in batches:
-            acts, _ = read(model, [spill.hookpoint for spill in spills], batch, dtype, passes)
+            acts, _ = read(model, points, batch, dtype, passes)
             numbers = first + batch.kept.flatten().nonzero().squeeze(1)
             for spill in spills:
-                spill.add(acts[spill.hookpoint], numbers)
+                spill.add(spill.route.x(acts), numbers)
             rows.append(replace(batch, latents=None))
             first += batch.tokens.numel()
             if progress is not None:
@@ -209,17 +217,19 @@ class _Spill:
     ENTRY = np.dtype([("feature", "<i4"), ("token", "<i8"), ("value", "<f4")])
 
     def __init__(
-        self, folder: Path, hookpoint: Hookpoint, sae: SparseAutoencoder, settings: ScanSettings
+        self, folder: Path, route: Route, sae: SparseAutoencoder, settings: ScanSettings
     ) -> None:
-        self.folder, self.hookpoint, self.sae = folder, hookpoint, sae
+        self.folder, self.route, self.sae = folder, route, sae
         most = _tokens_at_once(sae, settings)
-        self.chunk = MicroBatch(f"the SAE of {hookpoint}", "tokens", TRY_CPU, most)
+        self.chunk = MicroBatch(f"the SAE of {route}", "tokens", TRY_CPU, most)
         self.entries_at_once = max(1, settings.memory // 16 // self.ENTRY.itemsize)
         width = -(-sae.d_sae // settings.blocks)
         self.starts = list(range(0, sae.d_sae, width))
         self.blocks = [(a, min(a + width, sae.d_sae)) for a in self.starts]
         self.cofiring = Cofiring(folder / "fired", sae.d_sae)
-        self.neurons = NeuronSample(sae.d_in) if hookpoint.site == "mlp_act" else None
+        self.neurons = (
+            NeuronSample(sae.d_in) if [p.site for p in route.inputs] == ["mlp_act"] else None
+        )
 
     def add(self, x: Float[Tensor, "n d_in"], numbers: Int[Tensor, " n"]) -> None:
         """Encode and set down; `numbers` are the tokens' places in the scan, ascending."""
@@ -234,7 +244,7 @@ class _Spill:
         acts = self.sae.encode(x.to(self.sae.dtype)).float()
         if not acts.sum().isfinite():
             raise ModelError(
-                f"{self.hookpoint}: the activations are not finite; "
+                f"{self.route}: the activations are not finite; "
                 "load the model with --model.dtype float32"
             )
         # Transposing the mask is cheaper than the activations.
@@ -436,13 +446,14 @@ class _Effects:
 
     writes = W_dec · [W_down at mlp_act] · diag(final norm gain) · W_U, vocabulary mean removed;
     reads = W_E · [diag(norm gain) at mlp_in, mlp_act] · [W_up at mlp_act] · W_enc. Both leave out
-    what depends on the input: the norms' scales, attention and the other layers.
+    what depends on the input: the norms' scales, attention and the other layers. Several hookpoints
+    are read together, and written to together where each adds to the residual stream.
     """
 
     def __init__(
         self,
         model: Any,
-        hookpoint: Hookpoint,
+        route: Route,
         sae: SparseAutoencoder,
         pieces: TokenPieces,
         settings: ScanSettings,
@@ -451,9 +462,9 @@ class _Effects:
         self.W_enc, self.W_dec = sae.W_enc.detach(), sae.W_dec.detach()
         self.norms = torch.linalg.vector_norm(self.W_dec, dim=1, dtype=torch.float32)
         self.norms.clamp_min_(1e-12)  # a feature without a direction has cosine 0 with all
-        self.at_neurons = hookpoint.site == "mlp_act"
-        self.writer = _writer(model, hookpoint, pieces.n_ids)
-        self.reader = _reader(model, hookpoint, pieces.n_ids)
+        self.at_neurons = [point.site for point in route.targets] == ["mlp_act"]
+        self.writer = _writer(model, route.targets, pieces.n_ids)
+        self.reader = _reader(model, route.inputs, pieces.n_ids)
         widths = [len(self.W_dec), *(pieces.n_ids for m in (self.writer, self.reader) if m)]
         most = min(FEATURES_AT_ONCE, max(1, settings.chunk_bytes // (4 * max(widths))))
         self.chunk = MicroBatch("what features write and read", "features", TRY_CPU, most)
@@ -552,44 +563,62 @@ def _histograms(scores: Float[Tensor, "n vocab"], bins: int) -> list[dict[str, A
 
 
 def _writer(
-    model: Any, hookpoint: Hookpoint, n_vocab: int
+    model: Any, points: Sequence[Hookpoint], n_vocab: int
 ) -> tuple[Float[Tensor, "d_out d_model"], Tensor, Float[Tensor, " d_model"]] | None:
     """Decoder space → final norm, its gain applied; W_U; W_U's mean. None where nothing leads."""
     head = hooks.unembedding(model)
-    if head is None or hookpoint.site not in _ADDED:
+    leading = _WRITING if len(points) == 1 else _ADDED
+    if head is None or any(point.site not in leading for point in points):
         return None
     W_U, gain = head
     W_U, gain = W_U[:, :n_vocab], gain.to(W_U.device)
-    mean = W_U.mean(1, dtype=torch.float32)
-    if hookpoint.site != "mlp_act":
-        return torch.diag(gain), W_U, mean
-    weights = hooks.mlp_weights(model, hookpoint.layer or 0)
+    ways = [way for point in points if (way := _to_norm(model, point, gain)) is not None]
+    if len(ways) < len(points):
+        return None
+    return torch.cat(ways), W_U, W_U.mean(1, dtype=torch.float32)
+
+
+def _to_norm(
+    model: Any, point: Hookpoint, gain: Float[Tensor, " d_model"]
+) -> Float[Tensor, "d d_model"] | None:
+    """What is added at a hookpoint → final norm, its gain applied."""
+    if point.site != "mlp_act":
+        return torch.diag(gain)
+    weights = hooks.mlp_weights(model, point.layer or 0)
     if weights is None:
         return None
     to_residual = weights.W_down.float().T
     if weights.post_gain is not None:
         to_residual = to_residual * weights.post_gain.to(to_residual)
-    return to_residual * gain, W_U, mean
+    return to_residual * gain
 
 
 def _reader(
-    model: Any, hookpoint: Hookpoint, n_vocab: int
+    model: Any, points: Sequence[Hookpoint], n_vocab: int
 ) -> tuple[Float[Tensor, "vocab d_model"], Float[Tensor, "d_model d_in"]] | None:
     """Embeddings → what the encoder reads; None where no matrix leads there."""
-    site, W_E = hookpoint.site, hooks.embedding(model)
-    if site not in _READING or W_E is None:
+    W_E = hooks.embedding(model)
+    if W_E is None or any(point.site not in _READING for point in points):
         return None
     W_E = W_E[:n_vocab]
+    ways = [way for point in points if (way := _from_embedding(model, point, W_E)) is not None]
+    return (W_E, torch.cat(ways, dim=1)) if len(ways) == len(points) else None
+
+
+def _from_embedding(
+    model: Any, point: Hookpoint, W_E: Float[Tensor, "vocab d_model"]
+) -> Float[Tensor, "d_model d"] | None:
+    """The residual stream → what lies at a hookpoint."""
     to_site = torch.eye(W_E.shape[1], device=W_E.device)
-    if site in ("resid_pre", "resid_post"):
-        return W_E, to_site
-    gain = hooks.mlp_norm_gain(model, hookpoint.layer or 0)
+    if point.site in ("resid_pre", "resid_post"):
+        return to_site
+    gain = hooks.mlp_norm_gain(model, point.layer or 0)
     if gain is not None:
         to_site = to_site * gain.to(to_site)
-    if site == "mlp_in":
-        return W_E, to_site
-    weights = hooks.mlp_weights(model, hookpoint.layer or 0)
-    return None if weights is None else (W_E, to_site @ weights.W_up.float().T)
+    if point.site == "mlp_in":
+        return to_site
+    weights = hooks.mlp_weights(model, point.layer or 0)
+    return None if weights is None else to_site @ weights.W_up.float().T
 
 
 def _write(

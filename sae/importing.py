@@ -15,6 +15,7 @@ from sae.config import TrainConfig
 from sae.errors import FormatError, HookpointError, RunError
 from sae.formats.foreign import Foreign
 from sae.hooks import Hookpoint
+from sae.routes import Route
 from sae.store import covered_files, folder_name, sha256, staged, write_atomic
 
 FETCHED = ("*.safetensors", "*.json", "*.yaml", "*.npz", "*.pt")
@@ -51,8 +52,8 @@ def import_run(
     name, found = formats.read(source, format, trusted=trusted)
     if not found:
         raise FormatError(f"{source} holds no autoencoder of format {name}")
-    points = _hookpoints(source, found, overrides.pop("hookpoints", None))
-    config = _config(found, points, overrides)
+    routes = _routes(source, found, overrides.pop("hookpoints", None))
+    config = _config(found, routes, overrides)
     notes = [note for foreign in found for note in foreign.notes]
     data = found[0].says("data")
     if data not in ("", config.data.source):
@@ -61,8 +62,8 @@ def import_run(
     run = Path(str(config.output))
     with staged(run, extra={"imported": origin, "notes": notes}) as folder:
         write_atomic(folder / "config.yaml", settings.dump(config))
-        for point, foreign in zip(points, found, strict=True):
-            _write(folder / "saes" / folder_name(str(point)), point, foreign, config, origin)
+        for route, foreign in zip(routes, found, strict=True):
+            _write(folder / "saes" / folder_name(str(route)), route, foreign, config, origin)
     return Imported(run, name, notes)
 
 
@@ -84,33 +85,34 @@ def _address(source: str, revision: str | None) -> str:
     return f"hf://{source}" + (f"@{revision}" if revision else "")
 
 
-def _hookpoints(source: Path, found: list[Foreign], given: object) -> list[Hookpoint]:
-    """The hookpoint of each autoencoder: those given, else those the files say."""
+def _routes(source: Path, found: list[Foreign], given: object) -> list[Route]:
+    """The route of each autoencoder: at the hookpoints given, else those the files say."""
     if given is not None:
         names = [given] if isinstance(given, str) else list(given)  # pyright: ignore
         if len(names) != len(found):
             raise FormatError(
                 f"--hookpoints: {len(names)} came, but {source} holds {len(found)} autoencoders"
             )
-        return [Hookpoint.parse(str(name)) for name in names]
-    points = [foreign.hookpoint for foreign in found]
-    for point, foreign in zip(points, found, strict=True):
-        if point is None:
+        return [Route.at(Hookpoint.parse(str(name))) for name in names]
+    routes = [foreign.route for foreign in found]
+    for route, foreign in zip(routes, found, strict=True):
+        if route is None:
             doubt = f" ({'; '.join(foreign.notes)})" if foreign.notes else ""
             raise HookpointError(
                 f"{source} does not say at which of our hookpoints it reads{doubt};\n"
                 "give it: --hookpoints layers.2.mlp_act, or module:<path>"
             )
-    known = [point for point in points if point is not None]
-    if len(set(known)) < len(known):
+    known = [route for route in routes if route is not None]
+    maps = [route for route in known if len(route.points) > 1]
+    if len(set(known)) < len(known) or (maps and len(known) > 1):
         raise FormatError(
-            f"{source} holds several autoencoders of one hookpoint; import each alone"
+            f"{source} holds several autoencoders of one hookpoint, or maps; import each alone"
         )
     return known
 
 
 def _config(
-    found: list[Foreign], points: list[Hookpoint], overrides: Mapping[str, object]
+    found: list[Foreign], routes: list[Route], overrides: Mapping[str, object]
 ) -> TrainConfig:
     """Settings under which the run opens: its model, text and widths, and its sparsity."""
     first = found[0]
@@ -122,9 +124,10 @@ def _config(
         )
     chosen: dict[str, object] = {
         "model.name": model,
-        "hookpoints": [str(point) for point in points],
+        **_places(routes),
         "sae.d_sae": str(first.sae.d_sae),
         "sae.subtract_b_dec": str(first.sae.subtract_b_dec).lower(),
+        "sae.skip": str(first.sae.W_skip is not None).lower(),
         "sae.sparsity.kind": first.kind,
     }
     if isinstance(first.facts.get("context"), int):
@@ -140,14 +143,23 @@ def _config(
     return settings.resolve(None, chosen | dict(overrides))
 
 
+def _places(routes: list[Route]) -> dict[str, object]:
+    """The settings that name them: hookpoints, or both sides of the one map."""
+    route, *others = routes
+    if others or len(route.points) == 1:
+        return {"hookpoints": [str(route) for route in routes]}
+    sides = {"inputs": route.inputs, "targets": route.targets}
+    return {name: [str(point) for point in side] for name, side in sides.items()}
+
+
 def _write(
-    folder: Path, point: Hookpoint, foreign: Foreign, config: TrainConfig, origin: dict[str, Any]
+    folder: Path, route: Route, foreign: Foreign, config: TrainConfig, origin: dict[str, Any]
 ) -> None:
     """One SAE, with its origin and what it gives for a few inputs."""
     said = {k: v for k, v in foreign.facts.items() if v is not None}
     facts = {
         **said,
-        "hookpoint": str(point),
+        **route.origin(),
         "model": config.model.name,
         "imported": origin,
         "notes": list(foreign.notes),

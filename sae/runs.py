@@ -14,8 +14,8 @@ from sae.data import TokenBatch
 from sae.errors import RunError
 from sae.evaluation import Evaluation, evaluate
 from sae.features import ScanSettings, prompt_features, scan
-from sae.hooks import Hookpoint
 from sae.planning import Inputs, open_inputs, pick_device, pick_dtype
+from sae.routes import Route
 from sae.store import Run
 
 Progress = Callable[[int], None]
@@ -23,22 +23,24 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class OpenRun:
-    """A run with its model and text at hand; `folders` holds the chosen SAEs by hookpoint.
+    """A run with its model and text at hand; `folders` holds the chosen SAEs by name.
 
-    `changes` says how the model and the text are not those of the training, if so.
+    `routes` says what each reads and rebuilds, `changes` how the model and the text are not those
+    of the training, if so.
     """
 
     run: Run
     config: TrainConfig
     inputs: Inputs
-    folders: dict[Hookpoint, Path]
+    folders: dict[str, Path]
+    routes: dict[str, Route]
     changes: list[str]
 
-    def autoencoders(self) -> dict[Hookpoint, SparseAutoencoder]:
+    def autoencoders(self) -> dict[str, SparseAutoencoder]:
         """The SAEs, for raw activations, on the model's device."""
         return {
-            point: SparseAutoencoder.from_pretrained(folder, device=self.inputs.device)
-            for point, folder in self.folders.items()
+            name: SparseAutoencoder.from_pretrained(folder, device=self.inputs.device)
+            for name, folder in self.folders.items()
         }
 
     def rows(self, *, heldout: bool) -> Iterator[TokenBatch]:
@@ -61,20 +63,20 @@ def open_run(path: str | Path, sae: str | None = None, device: str = "auto") -> 
     config = settings.load(run.config_path)
     chosen = [run.sae(sae)] if sae is not None else list(run.saes().values()) or [run.sae()]
     manifests = {folder: store.read_manifest(folder) for folder in chosen}
-    hookpoints = {_hookpoint(folder, manifests[folder]): folder for folder in chosen}
+    routes = {folder: _route(folder, manifests[folder]) for folder in chosen}
     inputs = open_inputs(config, pick_device(device))
     found = (change for manifest in manifests.values() for change in _changes(manifest, inputs))
     changes = list(dict.fromkeys(found))  # once, though every SAE of the run tells the same
     for change in changes:
         warnings.warn(f"{run.path}: {change}", stacklevel=2)
-    return OpenRun(run, config, inputs, hookpoints, changes)
+    folders = {str(route): folder for folder, route in routes.items()}
+    return OpenRun(run, config, inputs, folders, {str(r): r for r in routes.values()}, changes)
 
 
-def _hookpoint(folder: Path, manifest: Mapping[str, Any]) -> Hookpoint:
-    name = manifest.get("hookpoint")
-    if not isinstance(name, str):
+def _route(folder: Path, manifest: Mapping[str, Any]) -> Route:
+    if not isinstance(manifest.get("hookpoint"), str):
         raise RunError(f"{folder / store.MANIFEST} does not say which hookpoint the SAE is for")
-    return Hookpoint.parse(name)
+    return Route.parse(folder.name, manifest)
 
 
 def _changes(manifest: Mapping[str, Any], inputs: Inputs) -> Iterator[str]:
@@ -98,7 +100,7 @@ def evaluate_run(
     n_tokens: int | None = None,
     ks: tuple[int, ...] = (),
     progress: Progress | None = None,
-) -> dict[Hookpoint, Evaluation]:
+) -> dict[str, Evaluation]:
     """Evaluate every opened SAE on held-out text and write eval.json beside its weights.
 
     Raises RunError where another process writes the run.
@@ -108,13 +110,14 @@ def evaluate_run(
             opened.inputs.lm.model,
             opened.autoencoders(),
             opened.rows(heldout=True),
+            routes=opened.routes,
             n_tokens=n_tokens or opened.config.data.eval_tokens,
             ks=ks,
             baselines=True,
             progress=progress,
         )
-        for point, evaluation in found.items():
-            folder = opened.folders[point]
+        for name, evaluation in found.items():
+            folder = opened.folders[name]
             result = {"sae_sha256": store.sha256(folder / store.WEIGHTS)} | _origin(opened)
             result |= {"changes": opened.changes} if opened.changes else {}
             store.write_result(folder, "eval.json", result | evaluation.to_dict())
@@ -127,16 +130,16 @@ def scan_run(
     n_tokens: int,
     scan_settings: ScanSettings | None = None,
     progress: Progress | None = None,
-) -> dict[Hookpoint, Path]:
+) -> dict[str, Path]:
     """Scan training text and write the feature dictionary of every opened SAE.
 
     Raises RunError where another process writes the run.
     """
     with store.locked(opened.run.path):
-        written = scan(
+        return scan(
             opened.inputs.lm.model,
             opened.inputs.lm.tokenizer,
-            {str(point): folder for point, folder in opened.folders.items()},
+            opened.folders,
             opened.rows(heldout=False),
             n_tokens,
             source=_origin(opened),
@@ -144,17 +147,16 @@ def scan_run(
             dtype=pick_dtype(opened.config.model.dtype, opened.inputs.device),
             progress=progress,
         )
-    return {point: written[str(point)] for point in opened.folders}
 
 
 def features_of(
     opened: OpenRun, text: str, k: int = 5
-) -> dict[Hookpoint, list[tuple[str, list[tuple[int, float]]]]]:
+) -> dict[str, list[tuple[str, list[tuple[int, float]]]]]:
     """The `k` strongest features on each token of a text: (piece, [(feature, activation), …])."""
     lm = opened.inputs.lm
     return {
-        point: prompt_features(lm.model, lm.tokenizer, autoencoder, str(point), text, k)
-        for point, autoencoder in opened.autoencoders().items()
+        name: prompt_features(lm.model, lm.tokenizer, sae, opened.routes[name], text, k)
+        for name, sae in opened.autoencoders().items()
     }
 
 

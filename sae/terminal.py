@@ -112,16 +112,22 @@ def evaluation_table(evaluation: "Evaluation") -> RenderableType:
     e, ce = evaluation, evaluation.cross_entropy
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column()
-    for name in ("FVU", "L0", "CE recovered", "(zero ablation)"):
+    for name in ("FVU", "L0", "CE recovered", "(zero)"):
         table.add_column(name, justify="right")
     recovered = (ce and ce.recovered_mean, ce and ce.recovered_zero)
     table.add_row("SAE", _estimate(e.fvu), _estimate(e.l0, 1), *map(_estimate, recovered))
+    for site in e.sites:
+        ce_alone = site.cross_entropy
+        recovered = (ce_alone and ce_alone.recovered_mean, ce_alone and ce_alone.recovered_zero)
+        alone = (_shown(site.hookpoint), _estimate(site.fvu), "", *map(_estimate, recovered))
+        table.add_row(*alone)
     for neurons in e.baseline:
         numbers = _estimate(neurons.fvu), f"{neurons.k}", _estimate(neurons.ce_recovered_mean)
         table.add_row(f"{neurons.k} neurons", *numbers)
     if e.neurons_l0 is not None:
         table.add_row("all neurons", "", _estimate(e.neurons_l0, 1))
-    size = f"{e.d_in} → {e.d_sae:,} features, {e.n_tokens:,} held-out tokens"
+    to = f" → {e.d_out}" if e.d_out != e.d_in else ""
+    size = f"{e.d_in} → {e.d_sae:,} features{to}, {e.n_tokens:,} held-out tokens"
     title = Text(e.hookpoint, style="bold").append(f"  {size}", style="not bold dim")
     return Group(title, table, *(Text(line, style="dim") for line in _remarks(evaluation)))
 
@@ -138,6 +144,8 @@ def _remarks(evaluation: "Evaluation") -> Iterator[str]:
         )
     if e.baseline:
         yield "neurons: the k largest of each token as they are, the others at their mean"
+    if e.sites:
+        yield "each hookpoint: replaced alone, the others as the model has them"
     yield from e.notes
 
 

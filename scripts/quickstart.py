@@ -50,7 +50,8 @@ def clear_features(dictionary: FeatureDictionary) -> int:
 
 def random_sae(opened: OpenRun, k: int) -> SparseAutoencoder:
     """An untrained SAE of the same width, b_dec at the mean, its k largest features active."""
-    ((point, trained),) = opened.autoencoders().items()
+    (trained,), (route,) = opened.autoencoders().values(), opened.routes.values()
+    (point,) = route.points
     sae = SparseAutoencoder(trained.d_in, trained.d_sae, make_sparsity("topk", k=k))
     stream = ActivationStream(
         opened.inputs.lm.model, [point], opened.rows(heldout=False), batch=1024, pool=16_384,
@@ -64,16 +65,16 @@ def random_sae(opened: OpenRun, k: int) -> SparseAutoencoder:
 def clear_by_chance(run: Path, k: int) -> int:
     """The count of `clear_features` for the randomly initialised SAE."""
     opened = open_run(run)
-    (point,) = opened.folders
+    (name,) = opened.folders
     with tempfile.TemporaryDirectory() as folder:
         random_sae(opened, k).save_pretrained(folder)
         lm = opened.inputs.lm
         settings = ScanSettings(per_interval=0, random=0)
         written = scan(
-            lm.model, lm.tokenizer, {str(point): Path(folder)}, opened.rows(heldout=False),
+            lm.model, lm.tokenizer, {name: Path(folder)}, opened.rows(heldout=False),
             SCANNED, source={"model": lm.name}, settings=settings,
         )  # fmt: skip
-        return clear_features(FeatureDictionary(written[str(point)]))
+        return clear_features(FeatureDictionary(written[name]))
 
 
 def run_verb(*args: str) -> None:

@@ -233,7 +233,8 @@ def main() -> None:
     study_packing((10, 20), dims, draws, most, args.out / "geometry_packing.png")
     if args.run:
         opened = open_run(args.run)
-        model, saes = opened.inputs.lm.model, opened.autoencoders()
+        model, found = opened.inputs.lm.model, opened.autoencoders()
+        saes = {opened.routes[name].targets[0]: sae for name, sae in found.items()}
     else:
         with tempfile.TemporaryDirectory() as folder:
             model, saes = quick_dictionary(folder, 100_000 if args.quick else 300_000)

@@ -30,6 +30,7 @@ from sae.errors import DataError, HookpointError
 from sae.evaluation import Estimate, baseline, bootstrap_ratio, evaluate, resamples
 from sae.hooks import Hookpoint, capture, mlp_weights, replace
 from sae.losses import fvu, l0
+from sae.routes import Route
 from sae.sparsity import ReluL1, TopK
 
 ACT, OUT = Hookpoint("layers.1.mlp_act"), Hookpoint("layers.1.mlp_out")
@@ -161,6 +162,85 @@ def test_numbers_equal_the_formulas_on_all_activations_at_once():
         expected = loss(model, text())
     assert result.cross_entropy is not None
     assert value(result.cross_entropy.sae) == pytest.approx(expected, rel=1e-6)
+
+
+# --------------------------------------------------------------------------------------- maps
+
+
+def along(model: PreTrainedModel, route: Route, sae: SparseAutoencoder, **settings):
+    settings = {"n_tokens": 10**6, "routes": {"map": route}} | settings
+    return evaluate(model, {"map": sae}, [text()], **settings)["map"]
+
+
+@torch.no_grad()
+def the_mlp_itself(model: GPT2LMHeadModel) -> SparseAutoencoder:
+    """The neurons of layer 1 as features: what a transcoder would be if it found them."""
+    sae = SparseAutoencoder(D, D_MLP, ReluL1(1.0), D, subtract_b_dec=False)
+    mlp = model.transformer.h[1].mlp
+    tensors = (mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight, mlp.c_proj.bias)
+    for own, theirs in zip((sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec), tensors, strict=True):
+        own.copy_(theirs)
+    return sae
+
+
+def test_the_mlp_itself_is_a_perfect_transcoder():
+    """It is read at mlp_in and put in place of mlp_out; its L0 is that of the neurons."""
+    model = gpt2()
+    route = Route((Hookpoint("layers.1.mlp_in"),), (OUT,))
+    found = along(model, route, the_mlp_itself(model), baselines=True)
+    assert value(found.fvu) == pytest.approx(0, abs=1e-10)
+    assert found.cross_entropy is not None and found.sites == ()
+    assert value(found.cross_entropy.recovered_mean) == pytest.approx(1, abs=1e-5)
+    assert value(found.l0) == value(found.neurons_l0)
+    (neurons,) = found.baseline
+    wanted = baseline(model, OUT, [text()], n_tokens=10**6, ks=[round(value(found.l0))])
+    assert value(neurons.fvu) == value(wanted[0].fvu)
+    assert (found.hookpoint, found.d_in, found.d_out) == ("map", D, D)
+
+
+ALL = tuple(Hookpoint(f"layers.{layer}.mlp_out") for layer in range(3))
+
+
+def test_a_crosscoder_is_judged_at_all_hookpoints_and_at_each():
+    """A copy is perfect; one that copies two of three, the mean in the third, is so at those."""
+    model = gpt2()
+    sae = copying(3 * D)
+    perfect = along(model, Route.at(*ALL), sae)
+    assert perfect.baseline == () and perfect.cross_entropy is not None
+    assert value(perfect.fvu) == pytest.approx(0, abs=1e-10)
+    assert value(perfect.cross_entropy.recovered_mean) == pytest.approx(1, abs=1e-5)
+    y = [activations(model, point, text()) for point in ALL]
+    with torch.no_grad():
+        sae.W_dec[:, 2 * D :] = 0
+        sae.W_enc[2 * D :] = 0
+        sae.b_dec[2 * D :] = y[2].mean(0)
+    found = along(model, Route.at(*ALL), sae)
+    missed, variation = ((y[2] - y[2].mean(0)).square().sum(), torch.cat(y, 1))
+    variation = (variation - variation.mean(0)).square().sum()
+    assert value(found.fvu) == pytest.approx((missed / variation).item(), rel=1e-5)
+    assert [site.hookpoint for site in found.sites] == [*map(str, ALL)]
+    assert [value(site.fvu) for site in found.sites] == pytest.approx([0, 0, 1], abs=1e-5)
+    recovered = [value(s.cross_entropy and s.cross_entropy.recovered_mean) for s in found.sites]
+    assert recovered == pytest.approx([1, 1, 0], abs=1e-3)
+    assert found.cross_entropy is not None
+    mean = found.sites[2].cross_entropy  # the other two are copied
+    assert mean and value(found.cross_entropy.sae) == pytest.approx(value(mean.sae), rel=1e-5)
+
+
+def test_a_skip_transcoder_is_spliced_in_with_its_skip():
+    model, route = gpt2(), Route((Hookpoint("layers.0.mlp_in"),), (OUT,))
+    sae = SparseAutoencoder(D, 32, TopK(3), D, subtract_b_dec=False, skip=True)
+    assert sae.W_skip is not None
+    torch.nn.init.normal_(sae.W_skip)
+    x, y = (activations(model, *side, text()) for side in (route.inputs, route.targets))
+    with torch.no_grad():
+        assert value(along(model, route, sae).fvu) == pytest.approx(fvu(y, sae(x).recon).item())
+
+
+def test_a_map_of_other_widths_is_refused():
+    route = Route((ACT,), (OUT,))
+    with pytest.raises(HookpointError, match=f"width {D_MLP} and {D}, the autoencoder reads {D}"):
+        along(gpt2(), route, random_sae(D))
 
 
 def test_density_histogram_bins_by_quarter_decades():

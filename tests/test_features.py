@@ -34,6 +34,7 @@ from sae.errors import DataError, ModelError
 from sae.features import AFTER, BEFORE, ScanSettings, prompt_features, scan
 from sae.hooks import Hookpoint, capture
 from sae.records import FeatureDictionary
+from sae.routes import Route
 from sae.sparsity import ReluL1, TopK
 from sae.store import read_manifest, sha256
 
@@ -317,10 +318,13 @@ def test_dropout_is_off_during_the_scan(made: Planted, tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------- what weights say
 
 
-def effects(model: Any, tokenizer: Any, site: str, sae: SparseAutoencoder) -> list[dict[str, Any]]:
+def effects(
+    model: Any, tokenizer: Any, route: str | Route, sae: SparseAutoencoder
+) -> list[dict[str, Any]]:
+    route = Route.at(Hookpoint.parse(route)) if isinstance(route, str) else route
     pieces = module.TokenPieces(tokenizer)
     settings = ScanSettings(memory=64 * 4 * D_SAE * 11)
-    found = module._Effects(model, Hookpoint.parse(site), sae, pieces, settings)
+    found = module._Effects(model, route, sae, pieces, settings)
     return list(found.columns(0, sae.d_sae))
 
 
@@ -346,6 +350,25 @@ def test_writes_and_reads_follow_the_weights(made: Planted) -> None:
         assert sum(histogram["counts"]) == len(made.tokenizer)
         assert histogram["edges"][-1] == row["writes"][0]["value"]
         assert histogram["edges"][0] == row["suppresses"][0]["value"]
+
+
+def test_a_map_reads_at_its_inputs_and_writes_at_its_targets(made: Planted) -> None:
+    """A transcoder's two sides; and of several hookpoints the sum of what each adds."""
+    gpt, d = made.model.transformer, made.model.config.n_embd
+    at = {name: Hookpoint(f"layers.{name}") for name in ("1.mlp_in", "0.mlp_out", "1.mlp_out")}
+    point, outs = at["1.mlp_in"], (at["0.mlp_out"], at["1.mlp_out"])
+    sae = SparseAutoencoder(d, 9, TopK(2), 2 * d, subtract_b_dec=False, sites=(d, d))
+    rows = effects(made.model, made.tokenizer, Route((point,), outs), sae)
+    written = (sae.W_dec[:, :d] + sae.W_dec[:, d:]) * gpt.ln_f.weight @ made.model.lm_head.weight.T
+    written = (written - written.mean(1, keepdim=True)).detach()
+    read = (gpt.wte.weight * gpt.h[1].ln_2.weight @ sae.W_enc).detach()
+    for i, row in enumerate(rows):
+        assert row["writes"][0]["value"] == pytest.approx(written[i].max().item(), rel=1e-4)
+        assert row["reads"][0]["value"] == pytest.approx(read[:, i].max().item(), rel=1e-4)
+    streams = Route.at(Hookpoint("layers.0.resid_post"), Hookpoint("layers.1.resid_post"))
+    sae = SparseAutoencoder(2 * d, 9, TopK(2), sites=(d, d))
+    (row, *_) = effects(made.model, made.tokenizer, streams, sae)
+    assert "writes" not in row and row["reads"]
 
 
 def test_sites_of_the_residual_stream(made: Planted) -> None:

@@ -6,15 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import TOKENS, planned, save
+from tiny import MAPS, TOKENS, planned, save
 
-from sae import runs, store, training
-from sae.errors import DataError, HookpointError, RunError
+from sae import formats, runs, store, training
+from sae.autoencoder import SparseAutoencoder
+from sae.errors import DataError, FormatError, HookpointError, RunError
 from sae.hooks import Hookpoint
+from sae.importing import import_run
 from sae.records import FeatureDictionary
 from sae.store import Run, read_manifest
 
-FIRST, SECOND = Hookpoint("layers.0.mlp_act"), Hookpoint("layers.1.mlp_act")
+FIRST, SECOND = "layers.0.mlp_act", "layers.1.mlp_act"
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +129,7 @@ def test_a_text_of_ones_own(run: Path) -> None:
     assert list(found) == [FIRST, SECOND]
     lm, sae = opened.inputs.lm, opened.autoencoders()[SECOND]
     ids = torch.tensor([lm.tokenizer("the old cat")["input_ids"]])
-    x = runs_activations(lm.model, SECOND, ids)
+    x = runs_activations(lm.model, Hookpoint(SECOND), ids)
     values, features = sae.encode(x).topk(3, dim=1)
     assert "".join(piece for piece, _ in found[SECOND]) == "the old cat"
     for (_, pairs), value, feature in zip(found[SECOND], values, features, strict=True):
@@ -154,3 +156,36 @@ def test_a_run_that_another_process_writes_is_left_alone(copy: Path) -> None:
             with pytest.raises(RunError, match="written by another process"):
                 verb(opened, n_tokens=100)
     assert not list(copy.glob("saes/*/eval.json")) and not list(copy.glob("saes/*/features"))
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_a_map_reopens_by_its_two_sides(tmp_path: Path, name: str) -> None:
+    """Evaluated, scanned, asked about a text and exported like any SAE."""
+    folder = save(tmp_path)
+    run = training.train(planned(folder, MAPS[name] | {"tokens": "512"}))
+    opened = runs.open_run(run, device="cpu")
+    ((given, route),) = opened.routes.items()
+    assert list(opened.folders) == [given] == list(Run(run).saes()) == [str(route)]
+    (found,) = runs.evaluate_run(opened).values()
+    assert found.fvu.value is not None and found.cross_entropy is not None
+    assert len(found.sites) == (len(route.targets) if len(route.targets) > 1 else 0)
+    (written,) = runs.scan_run(opened, n_tokens=300).values()
+    assert read_manifest(written)["hookpoint"] == given
+    lm, sae = opened.inputs.lm, opened.autoencoders()[given]
+    ids = torch.tensor([lm.tokenizer("the old cat")["input_ids"]])
+    acts = {point: runs_activations(lm.model, point, ids) for point in route.inputs}
+    strongest = sae.encode(route.x(acts)).max(1).values.tolist()
+    (said,) = runs.features_of(opened, "the old cat").values()
+    assert [pairs[0][1] for _, pairs in said] == pytest.approx(strongest, rel=1e-4)
+    weights = Run(run).sae()
+    assert formats.write("safetensors", weights, tmp_path / "own") == []
+    again = SparseAutoencoder.from_pretrained(tmp_path / "own")
+    assert torch.equal(again(route.x(acts)).recon, sae(route.x(acts)).recon)
+    back = import_run(
+        tmp_path / "own", overrides={"output": str(tmp_path / "back"), "data.context": "32"}
+    )
+    assert runs.open_run(back.folder, device="cpu").routes == opened.routes
+    formats.write("jsonl", weights, tmp_path / "rows")
+    for other in ("saelens", "sparsify", "openmoss"):
+        with pytest.raises(FormatError, match="use --format safetensors"):
+            formats.write(other, weights, tmp_path / other)

@@ -19,7 +19,14 @@ from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
 from sae import cli, store
-from sae.evaluation import CrossEntropy, Density, Estimate, Evaluation, NeuronBaseline
+from sae.evaluation import (
+    CrossEntropy,
+    Density,
+    Estimate,
+    Evaluation,
+    NeuronBaseline,
+    SiteEvaluation,
+)
 from sae.records import FEATURES_SCHEMA, Context, FeatureDictionary
 from sae.terminal import (
     _plain,
@@ -205,12 +212,12 @@ def evaluation(**changes: Any) -> Evaluation:
     ce = CrossEntropy(*(Estimate(x, 0.01) for x in (2.0, 2.1, 4.0, 9.0)), Estimate(0.95, 0.002),
                       Estimate(0.98, 0.001))  # fmt: skip
     values = {
-        "hookpoint": "layers.1.mlp_act", "d_in": 24, "d_sae": 192, "n_tokens": 100_000,
+        "hookpoint": "layers.1.mlp_act", "d_in": 24, "d_out": 24, "d_sae": 192, "n_tokens": 100_000,
         "n_sequences": 400, "fvu": Estimate(0.1234, 0.0056), "l0": Estimate(16.04, 0.2),
         "dead": Estimate(0.05), "dense": Estimate(0.25), "density": Density((), ()),
         "cross_entropy": ce, "notes": ("the text ended early",),
         "baseline": (NeuronBaseline(16, Estimate(0.4, 0.01), Estimate(0.7, 0.02)),),
-        "neurons_l0": Estimate(9.87, 0.1),
+        "neurons_l0": Estimate(9.87, 0.1), "sites": (),
     }  # fmt: skip
     return Evaluation(**(values | changes))
 
@@ -226,6 +233,19 @@ def test_an_evaluation_has_its_numbers_with_their_errors() -> None:
         "dead 5.000%, dense 25.0% of the features",
         "cross-entropy 2.000 ± 0.010 nats, with the SAE 2.100 ± 0.010",
         "the text ended early",
+    ):
+        assert words in shown, words
+
+
+def test_an_evaluation_of_a_map_shows_its_targets_one_by_one() -> None:
+    ce = evaluation().cross_entropy
+    sites = tuple(SiteEvaluation(f"layers.{i}.mlp_out", Estimate(0.2 + i), ce) for i in range(2))
+    found = evaluation_table(evaluation(d_in=48, d_out=16, sites=sites))
+    shown = " ".join(printed(found, console(80)).split())
+    for words in (
+        "48 → 192 features → 16",
+        "layers.1.mlp_out 1.200 0.950 ± 0.002 0.980 ± 0.001",
+        "each hookpoint: replaced alone",
     ):
         assert words in shown, words
 

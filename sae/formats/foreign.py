@@ -19,6 +19,7 @@ from sae.errors import ConfigError, FormatError, SAEError
 from sae.formats.tables import provenance
 from sae.hooks import Hookpoint
 from sae.records import check_features
+from sae.routes import Route
 from sae.sparsity import Sparsity, make_sparsity, settings_of
 from sae.store import (
     MANIFEST,
@@ -33,7 +34,17 @@ from sae.untrusted import read_json
 
 PROVENANCE = "provenance.json"
 _OWN = (
-    *("hookpoint", "model", "revision", "data", "data_fingerprint", "context", "tokens"),
+    *(
+        "hookpoint",
+        "inputs",
+        "targets",
+        "model",
+        "revision",
+        "data",
+        "data_fingerprint",
+        "context",
+        "tokens",
+    ),
     "prefixes",
 )
 
@@ -58,10 +69,15 @@ class Foreign:
         return self.sae.sparsity.kind
 
     @property
+    def route(self) -> Route | None:
+        """What it reads and rebuilds, None where that is not known."""
+        known = isinstance(self.facts.get("hookpoint"), str)
+        return Route.parse("", self.facts) if known else None
+
+    @property
     def hookpoint(self) -> Hookpoint | None:
-        """Where it reads, None where that is not known."""
-        name = self.facts.get("hookpoint")
-        return Hookpoint.parse(name) if isinstance(name, str) else None
+        """Where it reads, None where that is not known, or not one place."""
+        return self.route.points[0] if self.route and not self.route.is_map else None
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -192,6 +208,8 @@ def check_square(name: str, foreign: Foreign) -> None:
     if sae.d_in != sae.d_out:
         what = f"a map from width {sae.d_in} to {sae.d_out}: its input and output are the same"
         raise refuse(name, what, instead)
+    if foreign.route and foreign.route.is_map:
+        raise refuse(name, f"a map, {foreign.route}", instead)
     if sae.W_skip is not None:
         raise refuse(name, "a dense map beside the features (W_skip)", instead)
     if len(sae.sites) > 1:
