@@ -168,12 +168,28 @@ class SparsityConfig(Settings):
         """The settings that move, once the share `done` of the tokens is trained on."""
         return Moment()
 
+    def wanted_l0(self) -> float | None:
+        """The L0 that the penalty's coefficient is steered to; None where it is not."""
+        return None
+
     def revival(self, d_in: int) -> tuple[int, float]:
         """Dead features that the auxiliary loss takes for each token, and its coefficient."""
         return 0, 0.0
 
 
-class L1Config(SparsityConfig):
+class PenaltyConfig(SparsityConfig):
+    """Sparse by a penalty, whose weight may be left to the L0 it is to give."""
+
+    target_l0: Positive | None = None
+    """Active features per token wanted, 8 to 128: training moves the penalty's weight, which then
+    is only where it starts, until it has them; null keeps the weight."""
+
+    def wanted_l0(self) -> float | None:
+        """`target_l0`."""
+        return self.target_l0
+
+
+class L1Config(PenaltyConfig):
     """An L1 penalty."""
 
     l1: NotNegative = 5.0
@@ -235,7 +251,7 @@ class BatchTopKConfig(KLargestConfig):
     """The k largest features of each token on average."""
 
 
-class JumpReluConfig(SparsityConfig):
+class JumpReluConfig(PenaltyConfig):
     """Features above a learned threshold, under a penalty on how many are active."""
 
     kind: Literal["jumprelu"] = "jumprelu"
@@ -511,7 +527,7 @@ def run_name(config: TrainConfig) -> str:
         parts.append("matryoshka")
     standard = TrainConfig()
     for now, default, names in (
-        (sparsity, type(sparsity)(), ("l1", "l0_coef", "k", "k_start", "k_ramp")),
+        (sparsity, type(sparsity)(), ("target_l0", "l1", "l0_coef", "k", "k_start", "k_ramp")),
         (config.optim, standard.optim, ("lr",)),
         (config, standard, ("tokens", "seed")),
     ):

@@ -12,11 +12,12 @@ from torch import Tensor
 from sae import steps
 from sae.activations import Batch, Sites, Statistics
 from sae.autoencoder import DECODER_NORM, SparseAutoencoder, read_config
-from sae.config import TrainConfig, warmed_up
+from sae.config import Moment, TrainConfig, warmed_up
 from sae.kernels import StepStats
 from sae.memory import MicroBatch
 from sae.planning import sparsity_of
 from sae.revival import resample
+from sae.steering import L0Control
 
 AUXK_CANDIDATES = 2
 """Dead features among which AuxK chooses, in multiples of auxk: all of them would cost as much as a
@@ -48,14 +49,19 @@ class Learner:
         self.scale = reads.scale(sae.device)
         self.scale_out = self.scale if writes is None else writes.scale(sae.device)
         self.generator = torch.Generator().manual_seed(config.seed)
+        own = list(sae.sparsity.parameters())
+        weights = [p for p in sae.parameters() if all(p is not other for other in own)]
+        groups = [{"params": weights, "pace": 1.0}, {"params": own, "pace": sae.sparsity.pace}]
         self.optimizer = torch.optim.Adam(
-            sae.parameters(), lr=config.optim.lr, betas=config.optim.betas, fused=True
+            groups, lr=config.optim.lr, betas=config.optim.betas, fused=True
         )
         self.quiet = torch.zeros(sae.d_sae, dtype=torch.long, device=sae.device)
         self.tokens_since_revival = 0
         self.revived = 0
         self.variance = 0.0  # E‖y − mean y‖² of the first batch
         self.refit: float = getattr(config.sae.sparsity, "refit", 0.0)
+        target = config.sae.sparsity.wanted_l0()
+        self.control = L0Control(target, sae.sparsity.lag) if target is not None else None
         self.chunk = MicroBatch("the SAE's step", "tokens", "lower optim.batch or sae.d_sae")
         self.lr = 0.0
         self.norm = torch.zeros(())
@@ -130,6 +136,8 @@ class Learner:
         learner.tokens_since_revival, learner.revived = state["revival"].tolist()
         learner.variance = state["variance"].item()
         learner.generator.set_state(state["generator"])
+        if learner.control:
+            learner.control.restore(state["control"])
         return learner
 
     def raw(self) -> SparseAutoencoder:
@@ -152,6 +160,8 @@ class Learner:
         }
         if self.writes is not None:
             tensors["writes"] = self.writes.state()
+        if self.control:
+            tensors["control"] = self.control.state()
         tensors |= self.sae.state_dict()
         for name, parameter in self.sae.named_parameters():
             moments = self.optimizer.state.get(parameter, {})
@@ -171,9 +181,11 @@ class Learner:
             self.variance = self._variance(batch)
         optim = self.config.optim
         self.lr = optim.lr * warmed_up(done, optim.lr_warmup) * self._decayed(done)
-        self.optimizer.param_groups[0]["lr"] = self.lr
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["pace"] * self.lr
         self.optimizer.step()
         self.sae.sparsity.observe(stats.cut)
+        self._steer(stats, done)
         self.quiet = torch.where(stats.fired > 0, 0, self.quiet + len(batch.x))
         self._revive(batch, done)
 
@@ -193,7 +205,8 @@ class Learner:
     def metrics(self, stats: StepStats, batch: Batch) -> dict[str, float]:
         """What a logged step writes down. `fvu` is that of this batch."""
         (document, position), context = batch.source.T, self.config.data.context
-        return {
+        steered = {"coef_factor": self.control.factor} if self.control else {}
+        return steered | {
             "loss": stats.loss.item(),
             "mse": stats.mse.item(),
             "fvu": stats.mse.item() / (self._variance(batch) or float("nan")),
@@ -225,9 +238,7 @@ class Learner:
 
     def _gradients(self, x: Tensor, y: Tensor, done: float) -> StepStats:
         refitting = done >= 1 - self.refit
-        moment = self.config.sae.sparsity.at(done)
-        if refitting:
-            moment = replace(moment, coef=0.0)
+        moment = self._moment(done)
         prefixes = self.config.sae.prefix_sizes(self.sae.d_sae)
         step = partial(
             steps.step, self.sae, x, y, moment, prefixes=prefixes, matmul_dtype=self.dtype
@@ -238,6 +249,20 @@ class Learner:
                 if name not in ("W_dec", "W_skip"):
                     parameter.grad = None  # Adam leaves these alone: what is active stays so
         return stats
+
+    def _moment(self, done: float) -> Moment:
+        """The settings that move, with the coefficient that is steered, or off in the refit."""
+        moment = self.config.sae.sparsity.at(done)
+        if done >= 1 - self.refit:
+            return replace(moment, coef=0.0)
+        return replace(moment, coef=moment.coef * self.control.factor) if self.control else moment
+
+    def _steer(self, stats: StepStats, done: float) -> None:
+        """Move the coefficient towards the wanted L0, until the refit."""
+        if self.control and done < 1 - self.refit:
+            settings = self.config.sae.sparsity
+            early = settings.at(done).coef < settings.at(1.0).coef
+            self.control.observe(stats.l0.item(), self._decayed(done), early=early)
 
     def _for_the_dead(self) -> dict[str, Any]:
         """What a step needs to bring dead features back."""

@@ -122,9 +122,10 @@ class Plan(Inputs):
         return seconds / rows.tokens.numel()
 
     def _recipe(self) -> str:
-        sparsity = sparsity_of(self.config)
-        skip = " and W_skip" if self.config.sae.skip else ""
-        return f"{sparsity.kind} {sparsity.l0_knob} {sparsity.config()[sparsity.l0_knob]:g}{skip}"
+        sparsity, target = sparsity_of(self.config), self.config.sae.sparsity.wanted_l0()
+        amount = f"{sparsity.l0_knob} {sparsity.config()[sparsity.l0_knob]:g}"
+        steered = f"L0 {target:g} by steering {sparsity.l0_knob}" if target else amount
+        return f"{sparsity.kind} {steered}{' and W_skip' if self.config.sae.skip else ''}"
 
 
 def plan(config: TrainConfig, *, resuming: bool = False) -> Plan:

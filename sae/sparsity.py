@@ -31,6 +31,10 @@ class Sparsity(nn.Module, ABC):
     """The setting that moves L0."""
     competes: ClassVar[bool] = False
     """Whether a feature's activation depends on the other features of its token."""
+    pace: ClassVar[float] = 1.0
+    """Learning rate of its own parameters, in multiples of that of the weights."""
+    lag: ClassVar[float] = 15.0
+    """Steps that L0 takes to answer the penalty's coefficient, at the full learning rate."""
 
     @abstractmethod
     def forward(self, pre: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
@@ -251,6 +255,10 @@ class JumpRelu(Sparsity):
     settings = ("l0_coef", "bandwidth", "tanh", "preact_coef")
     revival = "auxiliary"
     l0_knob = "l0_coef"
+    pace = 5.0
+    """log θ is of the order of 1, an encoder weight of 1/√d_in, and Adam moves both alike. Of 1, 5
+    and 20, 5 gave the lowest FVU for its L0 on the bundled model; at 20 half the features died."""
+    lag = 20.0  # the penalty moves thresholds alone
 
     log_threshold: nn.Parameter
 

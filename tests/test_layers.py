@@ -15,7 +15,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 ROWS = (
     "errors stopping",
-    "hub untrusted memory",
+    "hub steering untrusted memory",
     "config builtin",
     "store text hooks documents sparsity kernels language_model mirror geometry",
     "labels company plane",

@@ -1,0 +1,77 @@
+"""Steer a penalty's coefficient during training until as many features are active as wanted.
+
+A controller on logarithms, whose error is log(L0 / target). L0 answers a change of the coefficient
+like a first-order lag of some steps: a part of the coefficient proportional to the error, `lag`
+times the integral one, cancels it, so that L0 goes to the target without swinging. While the
+features improve, the coefficient that gives the target falls steadily: `trend` learns how fast,
+else L0 would stay below the target all along. All but the proportional part slows down with the
+root of the learning rate: L0 answers as slowly as that falls, and falls a little by itself. Both
+parts: Åström & Hägglund 1995, "PID Controllers".
+
+The coefficient starts far below the one that is given and rises, so that features come before the
+penalty does: those that too much of it kills at first hardly come back.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+HEAD_START = 30.0
+"""How many times below the given coefficient it starts."""
+STRENGTH = 0.9
+"""e-folds of the coefficient, for an error of one e-fold: at once, and again over each lag."""
+FAR_ABOVE, FAR_BELOW = 1.0, 0.5
+"""An L0 that is further off, in e-folds, counts as this far off."""
+NEAR = 0.3
+"""The trend is learnt from smaller errors than this: larger ones only say how it began."""
+KEEP = 0.8
+"""What remains of the smoothed error at each step: it remembers some 5."""
+
+
+class L0Control:
+    """The factor on a coefficient, moved after every step by what L0 was.
+
+    `lag`: steps that L0 takes to answer the coefficient, at the full learning rate.
+    """
+
+    def __init__(self, target: float, lag: float) -> None:
+        self.target, self.lag = target, lag
+        self.log_factor = -math.log(HEAD_START)
+        self.error = -math.inf
+        """log(L0 / target), smoothed; −∞ until L0 has been above the target."""
+        self.trend = 0.0
+        """What log_factor moves by each step where the error is 0."""
+
+    @property
+    def factor(self) -> float:
+        """What the coefficient is multiplied by."""
+        return math.exp(self.log_factor)
+
+    def observe(self, l0: float, speed: float = 1.0, *, early: bool = False) -> None:
+        """Learn from a step at `speed` of the full learning rate.
+
+        An L0 that is too low teaches nothing `early` in the training, before it has been too high:
+        where thresholds start high, no feature is active yet.
+        """
+        error = math.log(max(l0, 1e-3 * self.target) / self.target)
+        bounded = max(-FAR_BELOW, min(FAR_ABOVE, error))
+        if self.error == -math.inf:
+            if early and error < 0:
+                return
+            self.error = bounded
+        before, self.error = self.error, KEEP * self.error + (1 - KEEP) * bounded
+        gain, pace = STRENGTH / self.lag, math.sqrt(speed)
+        if abs(self.error) < NEAR:
+            self.trend += pace * gain**2 / 4 * self.error  # critically damped
+        self.log_factor += pace * (gain * self.error + self.trend)
+        self.log_factor += STRENGTH * (self.error - before)
+
+    def state(self) -> Float[Tensor, " 3"]:
+        """What the rest of the training depends on."""
+        return torch.tensor([self.log_factor, self.error, self.trend], dtype=torch.float64)
+
+    def restore(self, state: Float[Tensor, " 3"]) -> None:
+        """Go on from a `state()`."""
+        self.log_factor, self.error, self.trend = state.tolist()
