@@ -1,0 +1,88 @@
+"""Proves that a sparsity added to a copy of the package in the three places that CONTRIBUTING.md
+shows, and nowhere else, has its properties, trains, resumes, and is listed."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import overrides, save
+
+ROOT = Path(__file__).parent.parent
+PLACES = ("sae/sparsity.py", "sae/config.py", "tests/variants.py")
+
+
+def put(file: Path, *changes: tuple[str, str]) -> None:
+    """Write `new` in front of the one place where `old` stands, for each change."""
+    text = file.read_text()
+    for old, new in changes:
+        assert text.count(old) == 1, (file, old)
+        text = text.replace(old, new + old)
+    file.write_text(text)
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package and its tests, with the variant of CONTRIBUTING.md."""
+    folder = tmp_path_factory.mktemp("copy")
+    for name in ("sae", "tests", "checkpoints/builtin"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
+    sparsity, config, row = blocks
+    files = [folder / place for place in PLACES]
+    put(
+        files[0],
+        ("def _check_not_negative", sparsity + "\n\n"),
+        (")\n}\n\n\ndef make", ", FixedThreshold"),
+    )
+    put(
+        files[1],
+        ("class SAEConfig(", config + "\n\n"),
+        (" = Field(\n        default=ReluL1Config()", " | FixedThresholdConfig"),
+    )
+    put(
+        files[2],
+        ("}\n\n\ndef randn", row),
+        ("BatchTopK, Gated, JumpRelu, ReluL1", "FixedThreshold, "),
+    )
+    return folder
+
+
+def python(copy: Path, *args: str) -> str:
+    """What python prints in the copy."""
+    env = os.environ | {"PYTHONPATH": f"{copy}{os.pathsep}{copy / 'tests'}"}
+    done = subprocess.run(
+        [sys.executable, *args], cwd=copy, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_the_variant_of_contributing_has_the_properties_of_every_kind_and_resumes(copy: Path):
+    out = python(
+        copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_sparsity.py",
+        "tests/test_resume.py", "-k", "fixed and (test_sparsity or same_bits)",
+    )  # fmt: skip
+    assert int(re.findall(r"(\d+) passed", out)[0]) > 10
+
+
+COMMANDS = """
+import sys
+from sae import cli
+run, *options = sys.argv[1:]
+for args in (["train", *options], ["features", run, "--tokens", "1000"], ["top", run]):
+    assert cli.main(args) == 0
+"""
+
+
+def test_the_variant_of_contributing_trains_and_is_listed(copy: Path, tmp_path: Path):
+    given = overrides(save(tmp_path)) | {"output": str(tmp_path / "run")}
+    del given["sae.sparsity.k"]
+    given |= {"sae.sparsity.kind": "fixed", "sae.sparsity.threshold": "0.5"}
+    options = [part for name, value in given.items() for part in (f"--{name}", value)]
+    out = python(copy, "-c", COMMANDS, given["output"], *options)
+    assert "fixed threshold 0.5" in out and "strongest example" in out
