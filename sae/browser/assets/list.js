@@ -113,7 +113,7 @@ SAE.list = (() => {
   /** A text as it stands in a line of the list: runs of spaces are one. */
   const oneLine = (text) => visible(text).replace(/ {2,}/g, " ");
 
-  function line(d, t, i, rank, total) {
+  function line(d, t, i, rank, q) {
     const feature = idOf(t, i), label = t.labels.get(feature);
     const text = el("span", { class: "sample" }), tokens = el("span", { class: "tokens" });
     const row = el("div", { class: "row", role: "row", "aria-rowindex": rank + 2 },
@@ -132,8 +132,11 @@ SAE.list = (() => {
         const [before, token, after] = own[3];
         text.append(el("span", { class: "before" }, el("bdi", {}, oneLine(before))), el("mark", {}, visible(token)), el("bdi", {}, oneLine(after)));
       } else text.append(el("em", {}, "never fires on the scanned text"));
-      const shown = own[2].length ? ["promotes ", own[2]] : ["fires on ", own[1]];
-      if (!label || own[1].length) tokens.append(el("span", { class: "quiet" }, shown[0]), ...shown[1].map((p) => chip(p)));
+      const wanted = q.toLowerCase().trim(), hit = (p) => (wanted && p.toLowerCase().includes(wanted) ? "hit" : "");
+      if (label) return; // a row has room for two lines
+      for (const [name, pieces] of [["fires on ", own[1]], ["promotes ", own[2]]]) {
+        if (pieces.length) tokens.append(el("span", { class: "quiet" }, name), ...pieces.map((p) => chip(p, hit(p))));
+      }
     }).catch(() => text.append(el("em", {}, "this part of the pages cannot be loaded")));
     return row;
   }
@@ -155,7 +158,7 @@ SAE.list = (() => {
       for (let rank = from; rank < to; rank++) {
         let row = drawn.get(rank);
         if (!row) {
-          row = draw(places[rank], rank, n);
+          row = draw(places[rank], rank);
           drawn.set(rank, row);
           space.append(row);
         }
@@ -178,7 +181,7 @@ SAE.list = (() => {
     };
   }
 
-  const COLUMNS = [["feature", "Feature", "id"], [null, "Strongest example, and what it promotes", "what"], ["density", "Density", "num"], ["max", "Max", "num"], ["participation", "Neurons", "num wide"]];
+  const COLUMNS = [["feature", "Feature", "id"], [null, "Strongest example, and its tokens", "what"], ["density", "Density", "num"], ["max", "Max", "num"], ["participation", "Neurons", "num wide"]];
   const MEANS = { density: "share of the tokens on which it fires", max: "its strongest activation", participation: "effective number of neurons it writes to" };
 
   /** The whole page. */
@@ -198,7 +201,7 @@ SAE.list = (() => {
         el("label", { class: "check", title: SAE.served() ? null : "needs the server" }, inside, SAE.served() ? "in examples too" : ["in examples: ", el("code", {}, about.command)]),
         el("label", { class: "check" }, "Show", show), takeAway(d, t, s, () => places)),
       plots, count, grid);
-    const lines = virtual(scroller, (i, rank, total) => line(d, t, i, rank, total));
+    const lines = virtual(scroller, (i, rank) => line(d, t, i, rank, s.q));
     let places = new Uint32Array(0), asking = null;
 
     function drawHeads() {

@@ -36,6 +36,7 @@
       s.at = null;
       drawTokens();
       drawStrongest();
+      drawChanges();
     });
 
     /** Every token shaded by its strongest feature, measured against that feature's own maximum. */
