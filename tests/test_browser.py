@@ -4,6 +4,7 @@ And what a hostile page could send to the server is refused.
 """
 
 import base64
+import csv
 import http.client
 import io
 import itertools
@@ -133,7 +134,7 @@ def unpacked(text: str, dtype: str = "<f4") -> np.ndarray:
 
 
 def test_columns_are_those_of_the_dictionary(pages: Pages, dictionary: FeatureDictionary) -> None:
-    columns = pages.columns()
+    columns = pages.columns() | pages.more()
     assert columns["n"] == D_SAE
     for name in ("density", "max", "mean", "participation", "n_fired"):
         wanted = dictionary.table([name])[name].to_numpy().astype(np.float32)
@@ -429,6 +430,25 @@ def test_search_in_the_list(page: Any, dictionary: FeatureDictionary) -> None:
     wanted = len(mentions(dictionary.folder, "birds", examples=False))
     until(lambda: page.text_content("#count").startswith(f"{wanted} of"))
     assert "q=birds" in page.url
+
+
+def test_ranges_and_the_selection_as_a_file(page: Any, dictionary: FeatureDictionary) -> None:
+    records = [r for r in dictionary.records(range(D_SAE)) if r.n_fired]
+    page.show("#/0/features")
+    page.focus("input[aria-label='Max, least']")
+    for _ in range(60):
+        page.keyboard.press("ArrowRight")
+    left = int(page.text_content("#count").split(" of ")[0])
+    assert 0 < left < len(records) and "max=" in page.url
+    with page.expect_download() as caught:
+        page.click("button:has-text('CSV')")
+    rows = list(csv.DictReader(Path(caught.value.path()).read_text().splitlines()))
+    wanted = sorted(records, key=lambda r: -r.max)[:left]
+    assert [int(row["feature"]) for row in rows] == [r.feature for r in wanted]
+    assert [int(row["n_fired"]) for row in rows] == [r.n_fired for r in wanted]
+    assert [float(row["mean"]) for row in rows] == pytest.approx([r.mean for r in wanted])
+    parquet = page.locator("button:has-text('Parquet')")
+    assert parquet.is_enabled() == (page.mode == "served")
 
 
 def test_a_feature_page_shows_its_record(page: Any, dictionary: FeatureDictionary) -> None:

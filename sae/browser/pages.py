@@ -35,7 +35,7 @@ PIECES = 5
 LONGEST = 400
 """Characters of a token that a line of the list shows."""
 NUMBERS = ("density", "max", "mean", "participation")
-WHOLE = ("columns", "labels", "search", "map", "run")
+WHOLE = ("columns", "more", "labels", "search", "map", "run")
 """Parts that are about all features."""
 PREFIX = "SAE.put("
 
@@ -84,13 +84,21 @@ class Pages:
         }
 
     def columns(self) -> dict[str, Any]:
-        """The numbers of all features: little-endian fp32 in base64, NaN where there is none."""
-        table = self.dictionary.table(["feature", "n_fired", *NUMBERS])
+        """The numbers of all features, in order: little-endian fp32 in base64, NaN for none."""
+        table = self._columns("density", "max", "participation")
+        ids = None if self.chosen is None else _packed(table["feature"], "<i4")
+        return {"n": len(table), "features": ids} | _numbers(table)
+
+    def more(self) -> dict[str, Any]:
+        """The numbers that only an exported selection needs, as in `columns`."""
+        return _numbers(self._columns("mean", "n_fired"))
+
+    def _columns(self, *names: str) -> pa.Table:
+        """The feature's number and some columns, of the features that are shown."""
+        table = self._features.columns(["feature", *names])
         if self.chosen is not None:
             table = table.filter(pa.array(np.isin(table["feature"], self.chosen)))
-        columns = {name: _packed(table[name], "<f4") for name in (*NUMBERS, "n_fired")}
-        ids = None if self.chosen is None else _packed(table["feature"], "<i4")
-        return {"n": len(table), "features": ids, **columns}
+        return table
 
     def labels(self) -> dict[str, Any]:
         """Labels as [feature, text, whether a machine made it]."""
@@ -292,6 +300,10 @@ def _number(value: Any) -> Any:
     if not isinstance(value, float):
         return value
     return float(f"{value:.5g}") if math.isfinite(value) else None
+
+
+def _numbers(table: pa.Table) -> dict[str, str]:
+    return {name: _packed(table[name], "<f4") for name in table.column_names if name != "feature"}
 
 
 def _packed(column: pa.ChunkedArray, dtype: str) -> str:

@@ -43,7 +43,7 @@ PORT = 8765
 BODY_BYTES = 1 << 24
 """Enough for the numbers of a million features."""
 PARTS_KEPT = 256
-FIXED = ("columns", "rows-", "features-", "text-", "compare-", "map")
+FIXED = ("columns", "more", "rows-", "features-", "text-", "compare-", "map")
 """Parts that labels and a training run do not change."""
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
@@ -123,7 +123,7 @@ class Site:
             "read": self.read,
             "steer": self.steer,
         }
-        self._script = lru_cache(maxsize=PARTS_KEPT)(self._part)
+        self._script, self._making = lru_cache(maxsize=PARTS_KEPT)(self._part), Lock()
 
     def index(self, request: Request) -> Response:
         """The page, with the token that its requests must bring."""
@@ -149,8 +149,7 @@ class Site:
                 text = script("index", [pages.about() for pages in self.shown])
             else:
                 number, _, part = key.partition("/")
-                kept = part.startswith(FIXED)
-                text = (self._script if kept else self._part)(number, part)
+                text = self._columns(number) if part == "columns" else self._text(number, part)
         except SAEError as error:
             return Response(str(error), 404, HEADERS, "text/plain")
         return Response(text, headers=HEADERS, media_type=TYPES[".js"])
@@ -159,7 +158,15 @@ class Site:
         """Make what the list begins with before it is asked for."""
         for number, pages in enumerate(self.shown):
             if isinstance(pages, Pages):
-                self._script(str(number), "columns")
+                self._columns(str(number))
+
+    def _columns(self, number: str) -> str:
+        """The largest part, made once though many ask for it at the same time."""
+        with self._making:
+            return self._script(number, "columns")
+
+    def _text(self, number: str, part: str) -> str:
+        return (self._script if part.startswith(FIXED) else self._part)(number, part)
 
     def _part(self, number: str, part: str) -> str:
         name, _, other = part.partition("-")

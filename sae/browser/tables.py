@@ -35,6 +35,11 @@ class FeatureRows:
         feature = table["feature"].to_numpy()
         return table.filter(pa.array((feature >= start) & (feature < stop)))
 
+    def columns(self, names: list[str]) -> pa.Table:
+        """Some columns of all rows."""
+        with self._lock:
+            return self._file.read(names)
+
     def has_values(self, column: str) -> bool:
         """Whether a flat column holds anything but nulls, as far as the file's statistics say."""
         for group in range(self._meta.num_row_groups):

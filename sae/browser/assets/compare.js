@@ -18,7 +18,7 @@
     let found;
     try { found = await load(`${d}/compare-${other}`); } catch { main.replaceChildren(head, el("p", {}, "These two write into spaces of different dimensions, so no feature of one has a cosine with one of the other. Compare SAEs of one hookpoint.")); return; }
     const [ours, theirs] = await Promise.all([SAE.list.table(d), SAE.list.table(other)]);
-    const live = found.kind.map((_, f) => f).filter((f) => { const p = SAE.list.placeOf(ours, f); return p !== undefined && ours.n_fired[p] > 0; });
+    const live = found.kind.map((_, f) => f).filter((f) => { const p = SAE.list.placeOf(ours, f); return p !== undefined && ours.density[p] > 0; });
     const kinds = found.kinds.map((name, k) => [name, live.filter((f) => found.kind[f] === k)]);
     const cosines = charts.count(live, (f) => found.cosine[f], 0, 1, 40);
     const table = el("div", { id: "matches" });

@@ -151,7 +151,7 @@ const SAE = (() => {
   }
 
   /** Change the address without a new entry in the history, and without drawing anew. */
-  function keep(to) { history.replaceState(null, "", to); }
+  function keep(to) { if (to !== location.hash) history.replaceState(null, "", to); }
 
   const featureAddress = (dictionary, feature) => address(dictionary, `feature/${feature}`);
 

@@ -69,7 +69,7 @@ SAE.feature = (() => {
     let random = feature;
     for (let tries = 0; tries < 200; tries++) {
       const i = Math.floor(Math.random() * t.n);
-      if (t.n_fired[i] > 0 && id(i) !== feature) { random = id(i); break; }
+      if (t.density[i] > 0 && id(i) !== feature) { random = id(i); break; }
     }
     if (seen) return { ...seen, random };
     return { previous: id(place - 1), next: id(place + 1), random };

@@ -6,7 +6,7 @@
 SAE.list = (() => {
   const { el, load, numbers, percent, number, chip, visible, address, keep, link, say, charts } = SAE;
   const LINE = 58, TALLEST = 8e6, PAUSE = 120, DENSE = 0.1, RARE = 1e-5;
-  const SORTS = { feature: "number", density: "density", max: "strongest", mean: "mean", participation: "neurons" };
+  const SORTS = { feature: "number", density: "density", max: "strongest", participation: "neurons" };
   const RANGES = ["density", "max", "participation"];
   const known = new Map();
 
@@ -15,7 +15,7 @@ SAE.list = (() => {
     if (known.has(d)) return known.get(d);
     const [raw, given] = await Promise.all([load(`${d}/columns`), load(`${d}/labels`)]);
     const made = { n: raw.n, ids: raw.features ? numbers(raw.features, Int32Array) : null, orders: new Map() };
-    for (const name of ["density", "max", "mean", "participation", "n_fired"]) made[name] = numbers(raw[name]);
+    for (const name of ["density", "max", "participation"]) made[name] = numbers(raw[name]);
     SAE.forget(`${d}/columns`);
     made.place = made.ids ? new Map(Array.from(made.ids, (f, i) => [f, i])) : null;
     made.labels = new Map(given.labels.map(([f, text, machine]) => [f, { text, machine }]));
@@ -56,8 +56,8 @@ SAE.list = (() => {
     const ranges = RANGES.filter((r) => s[r]).map((r) => [t[r], ...s[r]]);
     let count = 0;
     const take = (i) => {
-      if (s.show === "live" && t.n_fired[i] === 0) return;
-      if (s.show === "dead" && t.n_fired[i] !== 0) return;
+      if (s.show === "live" && t.density[i] === 0) return;
+      if (s.show === "dead" && t.density[i] !== 0) return;
       if (s.show === "dense" && !(t.density[i] > DENSE)) return;
       if (s.show === "labelled" && !t.labels.has(idOf(t, i))) return;
       for (const [column, low, high] of ranges) if (!(column[i] >= low && column[i] <= high)) return;
@@ -258,7 +258,13 @@ SAE.list = (() => {
 
   /** The selection as a file. */
   function takeAway(d, t, s, places) {
-    const rows = () => Array.from(places(), (i) => ({ feature: idOf(t, i), density: value(t.density[i]), max: value(t.max[i]), mean: value(t.mean[i]), n_fired: t.n_fired[i], participation: value(t.participation[i]), label: (t.labels.get(idOf(t, i)) || { text: null }).text }));
+    const more = {};
+    async function fetchMore() {
+      const raw = await load(`${d}/more`);
+      for (const name of ["mean", "n_fired"]) more[name] = numbers(raw[name]);
+      SAE.forget(`${d}/more`);
+    }
+    const rows = () => Array.from(places(), (i) => ({ feature: idOf(t, i), density: value(t.density[i]), max: value(t.max[i]), mean: value(more.mean[i]), n_fired: more.n_fired[i], participation: value(t.participation[i]), label: (t.labels.get(idOf(t, i)) || { text: null }).text }));
     const value = (x) => (Number.isNaN(x) ? null : Number(x.toPrecision(8)));
     const csv = (found) => [Object.keys(found[0] || { feature: 0 }), ...found.map(Object.values)].map((cells) => cells.map(cell).join(",")).join("\n") + "\n";
     const kinds = {
@@ -269,7 +275,7 @@ SAE.list = (() => {
         SAE.save("features.parquet", "application/octet-stream", new Uint8Array(numbers(answer.parquet, Uint8Array)));
       },
     };
-    const button = (name) => el("button", { type: "button", class: "plain", disabled: name === "Parquet" && !SAE.served(), title: name === "Parquet" && !SAE.served() ? `needs the server: ${SAE.index[d].command}` : null, onclick: () => Promise.resolve(kinds[name]()).then(() => say(`${name} saved`), (e) => say(e.message)) }, name);
+    const button = (name) => el("button", { type: "button", class: "plain", disabled: name === "Parquet" && !SAE.served(), title: name === "Parquet" && !SAE.served() ? `needs the server: ${SAE.index[d].command}` : null, onclick: () => (more.mean ? Promise.resolve() : fetchMore()).then(kinds[name]).then(() => say(`${name} saved`), (e) => say(e.message)) }, name);
     return el("span", { class: "take" }, "Save", Object.keys(kinds).map(button));
   }
 

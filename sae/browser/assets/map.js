@@ -16,7 +16,7 @@
     const legend = el("p", { class: "quiet" }), said = el("p", { class: "quiet", role: "status", id: "under" }, "Point at a feature; click opens it.");
     main.replaceChildren(el("div", { class: "page-head between" }, el("div", {}, el("h1", {}, "Map"), el("p", { class: "quiet" }, `${number(n)} features; ${raw.how}`)), el("span", { class: "tools" }, el("label", { class: "check" }, "Colour by", by), el("label", { class: "check" }, dead, "dead ones too"))), el("div", { class: "between map-said" }, said, legend), el("div", { class: "card wide map-holder" }, canvas));
     const pen = canvas.getContext("2d");
-    const shown = (i) => dead.checked || t.n_fired[i] > 0;
+    const shown = (i) => dead.checked || t.density[i] > 0;
     function draw() {
       const { palette, pick } = tone(t, by.value, legend);
       pen.clearRect(0, 0, W, H);
