@@ -2,7 +2,7 @@
 
 Both are gathered while the text is scanned once. Which features fire on which token goes to disk, 4
 bytes each, so co-firing is counted on every token; the neurons of evenly drawn tokens are kept, in
-a buffer of 128 MB.
+a buffer of 128 MB, for all SAEs together.
 """
 
 from collections.abc import Callable
@@ -103,8 +103,10 @@ class Cofiring:
 class NeuronSample:
     """The neurons of evenly drawn tokens; of them, Pearson's correlation with a feature."""
 
-    def __init__(self, neurons: int) -> None:
-        self._x = np.empty((max(16, SAMPLE_BYTES // (4 * neurons)), neurons), np.float32)
+    def __init__(self, neurons: int, shares: int = 1) -> None:
+        """`shares`: samples that there are at the same time, which share SAMPLE_BYTES."""
+        size = max(16, SAMPLE_BYTES // shares // (4 * neurons))
+        self._x = np.empty((size, neurons), np.float32)
         self._token = np.empty(len(self._x), np.int64)
         self._n, self._span = 0, 2**32
 

@@ -5,7 +5,7 @@ features; then each block is small enough to hold, and everything about a featur
 histogram, examples) is exact, because all the tokens on which it fires are at hand. Memory holds
 one chunk of activations and one block at a time, never the [tokens d_sae] matrix: beside the
 model's and the SAEs' own weights it takes at most `ScanSettings.memory`, 1 GB, whatever d_sae is,
-128 MB of neurons for an SAE on neurons, and some 150 bytes for every scanned token.
+128 MB of neurons for SAEs on neurons, and some 150 bytes for every scanned token.
 scripts/measure_scan_memory.py measures it.
 """
 
@@ -115,7 +115,7 @@ def scan(
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".scan-", dir=path))
             sae = SparseAutoencoder.from_pretrained(path, device=model.device)
             route = Route.parse(name, read_config(path).get("metadata") or {})
-            spills.append(_Spill(Path(folder), route, sae, settings))
+            spills.append(_Spill(Path(folder), route, sae, settings, len(saes)))
         batches = _upto(batches, n_tokens)
         text = _Text(_read(model, spills, batches, dtype, progress), TokenPieces(tokenizer))
         written = {}
@@ -217,8 +217,14 @@ class _Spill:
     ENTRY = np.dtype([("feature", "<i4"), ("token", "<i8"), ("value", "<f4")])
 
     def __init__(
-        self, folder: Path, route: Route, sae: SparseAutoencoder, settings: ScanSettings
+        self,
+        folder: Path,
+        route: Route,
+        sae: SparseAutoencoder,
+        settings: ScanSettings,
+        shares: int,
     ) -> None:
+        """`shares`: spills that are filled at the same time."""
         self.folder, self.route, self.sae = folder, route, sae
         most = _tokens_at_once(sae, settings)
         self.chunk = MicroBatch(f"the SAE of {route}", "tokens", TRY_CPU, most)
@@ -227,9 +233,8 @@ class _Spill:
         self.starts = list(range(0, sae.d_sae, width))
         self.blocks = [(a, min(a + width, sae.d_sae)) for a in self.starts]
         self.cofiring = Cofiring(folder / "fired", sae.d_sae)
-        self.neurons = (
-            NeuronSample(sae.d_in) if [p.site for p in route.inputs] == ["mlp_act"] else None
-        )
+        at_neurons = [point.site for point in route.inputs] == ["mlp_act"]
+        self.neurons = NeuronSample(sae.d_in, shares) if at_neurons else None
 
     def add(self, x: Float[Tensor, "n d_in"], numbers: Int[Tensor, " n"]) -> None:
         """Encode and set down; `numbers` are the tokens' places in the scan, ascending."""
