@@ -11,13 +11,14 @@ from torch import Tensor
 
 from sae import config as settings
 from sae import language_model
-from sae.autoencoder import SparseAutoencoder
+from sae.autoencoder import SparseAutoencoder, read_config
 from sae.errors import DataError, ModelError
 from sae.features import prompt_features
-from sae.hooks import Hookpoint, replace
+from sae.hooks import replace
 from sae.language_model import LanguageModel
 from sae.planning import pick_device
 from sae.records import Change, Continuation, Reading, TokenValue, check_features
+from sae.routes import Route
 from sae.store import Run, read_manifest
 from sae.text import TokenPieces
 
@@ -30,15 +31,15 @@ LONGEST = 200
 class LiveProbe:
     """Reads and steers a model through the features of one SAE; see `records.Probe`."""
 
-    def __init__(self, lm: LanguageModel, sae: SparseAutoencoder, hookpoint: Hookpoint) -> None:
-        self.lm, self.sae, self.hookpoint = lm, sae, hookpoint
+    def __init__(self, lm: LanguageModel, sae: SparseAutoencoder, route: Route) -> None:
+        self.lm, self.sae, self.route = lm, sae, route
         self.pieces = TokenPieces(lm.tokenizer)
         self._special = torch.tensor(sorted(lm.tokenizer.all_special_ids), dtype=torch.long)
 
     def read(self, text: str, k: int) -> list[Reading]:
         """The `k` strongest features on each token. DataError for a text too long, or empty."""
         model, tokenizer = self.lm.model, self.lm.tokenizer
-        found = prompt_features(model, tokenizer, self.sae, str(self.hookpoint), text, k)
+        found = prompt_features(model, tokenizer, self.sae, self.route, text, k)
         return [Reading(piece, features) for piece, features in found]
 
     def steer(
@@ -57,6 +58,11 @@ class LiveProbe:
         """
         if self.lm.model.get_output_embeddings() is None:
             raise ModelError(f"{self.lm.name} has no head that predicts the next token")
+        if changes and (self.route.is_map or len(self.route.inputs) > 1):
+            raise ModelError(
+                f"{self.route}: features can be changed where an SAE reads and writes one "
+                "hookpoint; this one can only be read"
+            )
         features = check_features(list(changes), self.sae.d_sae)
         changed = [changes[feature] for feature in features]
         ids = self.lm.tokenizer(text, verbose=False)["input_ids"]
@@ -107,7 +113,7 @@ class LiveProbe:
     def _changed(self, ids: Tensor, features: list[int], changes: list[Change]) -> Iterator[None]:
         """Forward passes over `ids` go on with the changed activations."""
         fn = self._edit(torch.isin(ids.cpu(), self._special), features, changes)
-        with replace(self.lm.model, self.hookpoint, fn) if features else nullcontext():
+        with replace(self.lm.model, self.route.inputs[0], fn) if features else nullcontext():
             yield
 
     def _edit(
@@ -131,7 +137,8 @@ def open_probe(run: Path, sae: str, device: str = "auto") -> LiveProbe:
     config = settings.load(run / "config.yaml")
     lm = language_model.load(config.model, pick_device(device))
     loaded = SparseAutoencoder.from_pretrained(folder, device=lm.model.device)
-    return LiveProbe(lm, loaded, Hookpoint.parse(read_manifest(folder)["hookpoint"]))
+    origin = read_config(folder).get("metadata") or {}
+    return LiveProbe(lm, loaded, Route.parse(read_manifest(folder)["hookpoint"], origin))
 
 
 def _draw(logits: Float[Tensor, " vocab"], temperature: float, random: torch.Generator) -> int:

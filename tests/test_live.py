@@ -13,16 +13,18 @@ from sae.hooks import Hookpoint, replace
 from sae.language_model import LanguageModel
 from sae.live import LiveProbe
 from sae.records import Change
+from sae.routes import Route
 from sae.text import TokenPieces
 
 TEXT = "the cat sat on a"
+ROUTE = Route.at(Hookpoint.parse(SITE))
 HOW: dict[str, Any] = {"tokens": 8, "temperature": 0.0, "seed": 0}
 
 
 @pytest.fixture(scope="module")
 def probe(made: Planted) -> LiveProbe:
     lm = LanguageModel(made.model, made.tokenizer, "tiny", None, CONTEXT)
-    return LiveProbe(lm, made.sae, Hookpoint.parse(SITE))
+    return LiveProbe(lm, made.sae, ROUTE)
 
 
 def plain(made: Planted, n: int) -> tuple[list[int], torch.Tensor]:
@@ -94,4 +96,14 @@ def test_reading_is_prompt_features(probe: LiveProbe, made: Planted) -> None:
 def test_a_model_without_a_head_is_not_steered(made: Planted) -> None:
     lm = LanguageModel(made.model.transformer, made.tokenizer, "headless", None, CONTEXT)
     with pytest.raises(ModelError, match="headless has no head"):
-        LiveProbe(lm, made.sae, Hookpoint.parse(SITE)).steer(TEXT, {}, **HOW)
+        LiveProbe(lm, made.sae, ROUTE).steer(TEXT, {}, **HOW)
+
+
+def test_what_reads_one_place_and_writes_another_is_read_only(made: Planted) -> None:
+    places = [Hookpoint.parse(f"layers.{layer}.mlp_act") for layer in (0, 1)]
+    lm = LanguageModel(made.model, made.tokenizer, "tiny", None, CONTEXT)
+    probe = LiveProbe(lm, made.sae, Route((places[0],), (places[1],)))
+    assert len(probe.read(TEXT, 3)) == len(made.tokenizer(TEXT)["input_ids"])
+    assert probe.steer(TEXT, {}, **HOW).pieces
+    with pytest.raises(ModelError, match="only be read"):
+        probe.steer(TEXT, {DENSE: Change(scale=0)}, **HOW)
