@@ -15,6 +15,7 @@ FORMATS = {
     "parquet": "the dictionary's tables as they are, for pandas, DuckDB and datasets",
     "jsonl": "the same tables, a JSON object a line",
     "csv": "the same tables, lists and texts as JSON in their cells",
+    "neuronpedia": "the dictionary for Neuronpedia: SAEDashboard's batches and its bulk import",
     "safetensors": "the autoencoder: sae.safetensors and cfg.yaml",
     "html": "pages to read, that open by double click or from any web server",
     "saelens": "the autoencoder for SAELens: SAE.load_from_disk(DIR)",

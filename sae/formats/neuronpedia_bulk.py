@@ -1,0 +1,231 @@
+"""The files of Neuronpedia's bulk import (docs.neuronpedia.org/api-and-data/exports):
+
+MODEL/LAYER-SET/{release,model,sourceset,source}.jsonl and a features/batch-N.jsonl.gz and an
+activations/batch-N.jsonl.gz for each batch.
+"""
+
+import gzip
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor
+
+from sae.formats import hookpoints
+from sae.hooks import Hookpoint
+from sae.store import write_atomic
+
+CREATOR = "unknown"
+"""Of every row; who imports the files puts in an id of their own."""
+STEER = 10
+_DIGITS = 24
+
+
+class Source(NamedTuple):
+    """What Neuronpedia calls a source: an SAE of one layer, and the text it was looked at on."""
+
+    model: str
+    layer: int
+    set: str
+    hook: str
+    dataset: str
+    sequences: int
+    width: int
+    """Tokens in a sequence."""
+
+    @classmethod
+    def of(
+        cls, point: Hookpoint, kind: str, manifest: Mapping[str, Any], shape: tuple[int, int]
+    ) -> "Source":
+        """The source of a feature dictionary, by its manifest and the shape of its tokens."""
+        name = str(manifest["model"]).rstrip("/").rpartition("/")[2]
+        model = re.sub(r"[^\w.-]+", "-", name).strip("-") or "model"
+        kind_and_width = f"{kind}-{manifest['d_sae']}".replace("_", "")
+        return cls(
+            model,
+            point.layer or 0,
+            f"{point.site}-{kind_and_width}".replace("_", "-"),
+            hookpoints.to_transformer_lens(point).name,
+            str(manifest.get("data") or ""),
+            *shape,
+        )
+
+    @property
+    def tokens(self) -> int:
+        """All that were read, special ones too."""
+        return self.sequences * self.width
+
+    @property
+    def id(self) -> str:
+        """Its name on Neuronpedia, within the model."""
+        return f"{self.layer}-{self.set}"
+
+    def head(self) -> dict[str, Any]:
+        """What SAEDashboard's batches begin with."""
+        named = {"model_id": self.model, "layer": self.layer, "sae_set": self.set}
+        return named | {"sae_id_suffix": None}
+
+    def prompts(self) -> dict[str, Any]:
+        """What they say of the text, in every feature."""
+        sizes = {"n_prompts_total": self.sequences, "n_tokens_in_prompt": self.width}
+        return sizes | {"dataset": self.dataset}
+
+    def settings(self, batch: int) -> dict[str, Any]:
+        """run_settings.json, as far as it is about what was done here."""
+        sizes = {"n_prompts_total": self.sequences, "n_tokens_in_prompt": self.width}
+        return {
+            "sae_set": self.set,
+            "model_id": self.model,
+            "layer": self.layer,
+            "huggingface_dataset_path": self.dataset,
+            **sizes,
+            "n_features_at_a_time": batch,
+            "n_quantiles": 5,
+            "top_acts_group_size": 20,
+            "quantile_group_size": 5,
+        }
+
+    def skipped(self, every: list[int], chosen: list[int]) -> dict[str, Any]:
+        """skipped_indexes.json: the features that were not asked for."""
+        return {
+            "model_id": self.model,
+            "layer": str(self.layer),
+            "sae_set": self.set,
+            "log_sparsity": None,
+            "skipped_indexes": sorted(set(every) - set(chosen)),
+        }
+
+
+class Writer:
+    """Writes the folder of a source under `exports`, a batch of features at a time."""
+
+    def __init__(self, exports: Path, source: Source) -> None:
+        self.source, self.folder = source, exports / source.model / source.id
+        self.when = datetime.now(UTC).isoformat(timespec="seconds")
+        for name in ("features", "activations"):
+            (self.folder / name).mkdir(parents=True)
+        for name, row in self._heads().items():
+            write_atomic(self.folder / f"{name}.jsonl", _lines([row]))
+
+    def add(
+        self, number: int, features: list[dict[str, Any]], directions: Float[Tensor, "n d_out"]
+    ) -> None:
+        """The files of a batch: features as SAEDashboard's batches have them, and unit vectors."""
+        rows = [self._feature(*pair) for pair in zip(features, directions.tolist(), strict=True)]
+        shown = (
+            self._activation(feature["feature_index"], i, activation)
+            for feature in features
+            for i, activation in enumerate(feature["activations"])
+        )
+        for name, lines in (("features", rows), ("activations", shown)):
+            packed = gzip.compress(_lines(lines), compresslevel=5, mtime=0)
+            write_atomic(self.folder / name / f"batch-{number}.jsonl.gz", packed)
+
+    def _heads(self) -> dict[str, dict[str, Any]]:
+        """The one row of each of the small files."""
+        by = {"creatorId": CREATOR, "createdAt": self.when}
+        source, visible = self.source, {"visibility": "PUBLIC"}
+        release = f"{source.model}-{source.set}"
+        return {
+            "release": {
+                "name": release,
+                "description": release,
+                "creatorName": "",
+                **by,
+                **visible,
+            },
+            "model": {
+                "id": source.model,
+                "instruct": source.model.endswith("-it"),
+                "displayNameShort": source.model,
+                "displayName": source.model,
+                "owner": "",
+                "updatedAt": self.when,
+                **by,
+                **visible,
+            },
+            "sourceset": {
+                "modelId": source.model,
+                "name": source.set,
+                "description": release,
+                "creatorName": "",
+                "releaseName": release,
+                **by,
+                **visible,
+            },
+            "source": {
+                "id": source.id,
+                "modelId": source.model,
+                "setName": source.set,
+                "dataset": source.dataset,
+                "num_prompts": source.sequences,
+                "num_tokens_in_prompt": source.width,
+                "hasDashboards": True,
+                **by,
+                **visible,
+            },
+        }
+
+    def _feature(self, made: dict[str, Any], direction: list[float]) -> dict[str, Any]:
+        own = ("feature_index", "activations", "vector", "dataset")
+        kept = {k: v for k, v in made.items() if k not in own and not k.startswith("n_")}
+        strongest = [a["bin_max"] for a in made["activations"][:1]]
+        return {
+            "modelId": self.source.model,
+            "layer": self.source.id,
+            "index": str(made["feature_index"]),
+            "creatorId": CREATOR,
+            "createdAt": self.when,
+            "sourceSetName": self.source.set,
+            "maxActApprox": strongest[0] if strongest else 0,
+            "hasVector": True,
+            "vector": [round(value, 6) for value in direction],
+            "vectorDefaultSteerStrength": STEER,
+            "hookName": self.source.hook,
+            "topkCosSimIndices": [],
+            "topkCosSimValues": [],
+            **kept,
+        }
+
+    def _activation(self, feature: int, number: int, shown: dict[str, Any]) -> dict[str, Any]:
+        values = shown["values"]
+        best = max(range(len(values)), key=values.__getitem__, default=0)
+        name = f"{self.source.model}/{self.source.id}/{feature}/{number}"
+        return {
+            "id": "c" + hashlib.sha256(name.encode()).hexdigest()[:_DIGITS],
+            "tokens": shown["tokens"],
+            "index": str(feature),
+            "layer": self.source.id,
+            "modelId": self.source.model,
+            "maxValue": values[best] if values else 0,
+            "maxValueTokenIndex": best,
+            "minValue": min(values, default=0),
+            "values": values,
+            "creatorId": CREATOR,
+            "createdAt": self.when,
+            "dfaValues": [],
+            "dfaTargetIndex": None,
+            "dfaMaxValue": None,
+            "lossValues": [],
+            "binMin": shown["bin_min"],
+            "binMax": shown["bin_max"],
+            "binContains": shown["bin_contains"],
+            "qualifyingTokenIndex": shown["qualifying_token_index"],
+            "zIndices": None,
+            "zValues": None,
+        }
+
+
+def to_json(value: object) -> bytes:
+    """JSON in as few bytes as it takes; ValueError on numbers that JSON does not have."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.encode("utf-8", "replace")
+
+
+def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    return b"".join(to_json(row) + b"\n" for row in rows)
