@@ -29,7 +29,7 @@ from sae.store import read_manifest, sha256, write_manifest
 
 CHOSEN = [3, 30, 31, DEAD]
 TABULAR = ("parquet", "jsonl", "csv")
-OF_OTHERS = ("sparsify", "gemma_scope", "gemma_scope_2", "neuronpedia")
+OF_OTHERS = ("sparsify", "gemma_scope", "gemma_scope_2", "neuronpedia", "delphi")
 """Which hold no relu_l1, or need the language model."""
 
 

@@ -16,6 +16,7 @@ FORMATS = {
     "jsonl": "the same tables, a JSON object a line",
     "csv": "the same tables, lists and texts as JSON in their cells",
     "neuronpedia": "the dictionary for Neuronpedia: SAEDashboard's batches and its bulk import",
+    "delphi": "every activation on the scanned tokens, for delphi: its latent cache",
     "safetensors": "the autoencoder: sae.safetensors and cfg.yaml",
     "html": "pages to read, that open by double click or from any web server",
     "saelens": "the autoencoder for SAELens: SAE.load_from_disk(DIR)",

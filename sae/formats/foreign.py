@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from sae import config
+from sae import config, hooks, language_model
 from sae.autoencoder import DTYPES, SparseAutoencoder, read_config
-from sae.errors import ConfigError, FormatError, SAEError
+from sae.errors import ConfigError, FormatError, ModelError, SAEError
 from sae.formats.tables import provenance
 from sae.hooks import Hookpoint
+from sae.language_model import LanguageModel
 from sae.records import check_features
 from sae.routes import Route
 from sae.sparsity import Sparsity, make_sparsity, settings_of
@@ -137,6 +138,21 @@ def settings_of_run(sae_folder: Path, features: list[int] | None = None) -> dict
     return {"context": known.data.context} | (
         {} if plain else {"prefixes": list(known.sae.prefixes)}
     )
+
+
+def model_of(sae_folder: Path, name: str, point: Hookpoint, width: int) -> LanguageModel:
+    """The language model, as the run's settings name it; ModelError where it is another."""
+    try:
+        settings = config.load(sae_folder.parents[1] / "config.yaml").model
+    except (ConfigError, IndexError):
+        settings = config.ModelConfig(name=name)
+    lm = language_model.load(settings, torch.device("cpu"))
+    if (own := hooks.width(lm.model, point)) != width:
+        raise ModelError(
+            f"{lm.name} has width {own} at {point}, the SAE {width}; "
+            "give the model in the run's config.yaml"
+        )
+    return lm
 
 
 def widths(own: Foreign) -> tuple[int, ...] | None:

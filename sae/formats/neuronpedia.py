@@ -16,10 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae import config, hooks, language_model
+from sae import hooks
 from sae.autoencoder import SparseAutoencoder
-from sae.config import ModelConfig
-from sae.errors import ConfigError, ModelError
 from sae.formats import foreign, neuronpedia_bulk
 from sae.formats.foreign import Notes
 from sae.formats.neuronpedia_bulk import Source
@@ -55,7 +53,9 @@ def write(sae_folder: Path, out: Path, features: list[int] | None = None) -> Not
     source = Source.of(point, sae.sparsity.kind, manifest, (sequences, width))
     facts = provenance(manifest, features)
     with staged(out, extra=facts) as staging:
-        logits = _logits(_model(sae_folder, str(manifest["model"]), point, sae.d_out), point)
+        logits = _logits(
+            foreign.model_of(sae_folder, str(manifest["model"]), point, sae.d_out), point
+        )
         maker = _Maker(dictionary, source, sae, logits)
         bulk = neuronpedia_bulk.Writer(staging / "exports", source)
         for number, start in enumerate(range(0, len(chosen), BATCH)):
@@ -68,21 +68,6 @@ def write(sae_folder: Path, out: Path, features: list[int] | None = None) -> Not
         write_json(staging / "skipped_indexes.json", source.skipped(every, chosen))
         write_json(staging / foreign.PROVENANCE, facts)
     return [] if logits else [f"{point}: no matrix leads from it to the logits; they are empty"]
-
-
-def _model(sae_folder: Path, name: str, point: Hookpoint, d_out: int) -> LanguageModel:
-    """The language model, as the run's settings name it; ModelError where it is another."""
-    try:
-        settings = config.load(sae_folder.parents[1] / "config.yaml").model
-    except (ConfigError, IndexError):
-        settings = ModelConfig(name=name)
-    lm = language_model.load(settings, torch.device("cpu"))
-    if (width := hooks.width(lm.model, point)) != d_out:
-        raise ModelError(
-            f"{lm.name} has width {width} at {point}, the SAE {d_out}; "
-            "give the model in the run's config.yaml"
-        )
-    return lm
 
 
 class _Logits(NamedTuple):
