@@ -62,7 +62,8 @@ HOLDS = {
     "gemma_scope": {"jumprelu", "batchtopk", "matryoshka"},
     "gemma_scope_2": {"jumprelu", "batchtopk", "matryoshka"},
 }
-SQUARE = [(name, min(held)) for name, held in HOLDS.items() if name != "safetensors"]
+MAPS = ("safetensors", "saelens", "sparsify")
+SQUARE = [(name, min(held)) for name, held in HOLDS.items() if name not in MAPS]
 NO_BFLOAT16 = "gemma_scope"
 SUBTRACTS = {
     "dictionary_learning": {"jumprelu": False} | dict.fromkeys(ALL - {"jumprelu", "relu_l1"}, True),
@@ -342,6 +343,53 @@ def test_saelens_mistakes(tmp_path: Path, changes: dict[str, Any], wanted: str) 
     assert len(str(caught.value).splitlines()) <= 3
 
 
+def transcoder(variant: str, *, skip: bool, d_out: int = 5) -> SparseAutoencoder:
+    """A map from mlp_in to mlp_out, of another width."""
+    sparsity = VARIANTS[variant]()
+    sae = SparseAutoencoder(D_IN, D_SAE, sparsity, d_out, False, skip=skip)
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return sae
+
+
+SIDES = {"inputs": ["layers.1.mlp_in"], "targets": ["layers.1.mlp_out"]}
+ROUTE = {"hookpoint": "layers.1.mlp_in-to-layers.1.mlp_out", **SIDES}
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize(
+    ("variant", "architecture"), [("relu_l1", "transcoder"), ("jumprelu", "jumprelu_transcoder")]
+)
+def test_transcoders_go_to_saelens(
+    tmp_path: Path, variant: str, architecture: str, skip: bool
+) -> None:
+    """With their two hookpoints, W_skip turned round, and as they were without provenance."""
+    sae = transcoder(variant, skip=skip)
+    formats.write("saelens", saved(tmp_path / "run", sae, **ROUTE), tmp_path / "out")
+    cfg = json.loads((tmp_path / "out" / "cfg.json").read_text())
+    theirs = architecture.replace("transcoder", "skip_transcoder") if skip else architecture
+    assert (cfg["architecture"], cfg["d_out"], cfg["apply_b_dec_to_input"]) == (theirs, 5, False)
+    assert cfg["metadata"]["hook_name_out"] == "blocks.1.hook_mlp_out"
+    if skip:
+        stored = load_file(tmp_path / "out" / "sae_weights.safetensors")["W_skip"]
+        assert stored.shape == (5, D_IN)
+    (tmp_path / "out" / "provenance.json").unlink()
+    (found,) = formats.read(tmp_path / "out")[1]
+    x = torch.randn(50, D_IN, generator=torch.Generator().manual_seed(7))
+    for ours, again in zip(sae(x)[1:], found.sae(x)[1:], strict=True):
+        assert torch.equal(again, ours)
+    assert {name: found.facts[name] for name in ROUTE} == ROUTE
+
+
+@pytest.mark.parametrize("variant", ["topk", "gated"])
+def test_maps_that_saelens_has_not_are_refused(tmp_path: Path, variant: str) -> None:
+    folder = saved(tmp_path / "run", transcoder(variant, skip=False), **ROUTE)
+    with pytest.raises(FormatError, match=f"--format saelens cannot hold a {variant} map"):
+        formats.write("saelens", folder, tmp_path / "out")
+
+
 # sparsify
 
 
@@ -370,6 +418,31 @@ def test_a_folder_of_coders(tmp_path: Path) -> None:
     assert {foreign.facts["model"] for foreign in found} == {"EleutherAI/pythia-70m"}
     for foreign in found:
         assert all(torch.equal(t, sae.state_dict()[n]) for n, t in foreign.sae.state_dict().items())
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_transcoders_go_to_sparsify(tmp_path: Path, skip: bool) -> None:
+    """A module's input to its output; W_skip turned round; the folder and cfg tell it all."""
+    sae = transcoder("topk", skip=skip, d_out=D_IN)
+    formats.write("sparsify", saved(tmp_path / "run", sae, **ROUTE), tmp_path / "out")
+    cfg = json.loads((tmp_path / "out" / "h.1.mlp" / "cfg.json").read_text())
+    assert cfg["transcode"] and cfg["skip_connection"] == skip
+    (tmp_path / "out" / "provenance.json").unlink()
+    (found,) = formats.read(tmp_path / "out")[1]
+    x = torch.randn(50, D_IN, generator=torch.Generator().manual_seed(7))
+    for ours, again in zip(sae(x)[1:], found.sae(x)[1:], strict=True):
+        assert torch.equal(again, ours)
+    assert {name: found.facts[name] for name in ROUTE} == ROUTE
+
+
+def test_maps_that_sparsify_has_not_are_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "run", transcoder("topk", skip=False), **ROUTE)
+    with pytest.raises(FormatError, match="cannot hold a map from width 8 to 5"):
+        formats.write("sparsify", folder, tmp_path / "out")
+    across = {**ROUTE, "targets": ["layers.2.mlp_out"]}
+    sae = transcoder("topk", skip=False, d_out=D_IN)
+    with pytest.raises(FormatError, match="is no module's input and output"):
+        formats.write("sparsify", saved(tmp_path / "other", sae, **across), tmp_path / "out")
 
 
 def test_sparsify_names_the_module(tmp_path: Path) -> None:

@@ -232,6 +232,18 @@ def check_square(name: str, foreign: Foreign) -> None:
         raise refuse(name, f"{len(sae.sites)} hookpoints side by side", instead)
 
 
+def check_map(name: str, foreign: Foreign) -> bool:
+    """Whether it is a transcoder, from one hookpoint to another, or has a dense map.
+
+    Raises FormatError for several hookpoints side by side, which no other tool's files hold.
+    """
+    sae, route = foreign.sae, foreign.route
+    if len(sae.sites) > 1 or (route and len(route.inputs) + len(route.targets) > 2):
+        what = f"several hookpoints side by side ({route})"
+        raise refuse(name, what, "use --format safetensors")
+    return bool(route and route.is_map) or sae.d_in != sae.d_out or sae.W_skip is not None
+
+
 @torch.no_grad()
 def with_subtraction(name: str, foreign: Foreign, wanted: bool) -> tuple[dict[str, Tensor], Notes]:
     """Its tensors where the format fixes whether b_dec is subtracted from the input, and notes.
@@ -348,6 +360,11 @@ def check_names(file: Path, found: Iterable[str], wanted: Iterable[str]) -> None
         raise FormatError(f"{file} does not fit its settings: {'; '.join(parts)}")
 
 
+def turned(tensor: Tensor) -> Tensor:
+    """A matrix with rows for columns; what is none stays, for `assemble` to refuse."""
+    return tensor.T if tensor.ndim == 2 else tensor
+
+
 def check_vectors(file: Path, tensors: Mapping[str, Tensor], names: Iterable[str]) -> torch.dtype:
     """Raise FormatError where these are not one number for each feature of encoder and decoder.
 
@@ -386,6 +403,7 @@ def assemble(
             sparsity,
             W_dec.shape[1],
             subtract_b_dec,
+            skip="W_skip" in tensors,
             device="meta",
             dtype=dtype,
         )

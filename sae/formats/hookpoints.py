@@ -61,6 +61,12 @@ def from_transformer_lens(name: str) -> Translation:
     return Translation(f"layers.{int(found[1])}.{site}", match)
 
 
+def from_our_words(name: str) -> Translation:
+    """`layers.2.mlp_in`, as exports say it where the other side has no name."""
+    ours = re.fullmatch(r"layers\.\d+\.(mlp_in|mlp_act|\w+_out|resid_\w+)", name, re.ASCII)
+    return Translation(name, Match.EXACT if ours else Match.NONE)
+
+
 @dataclass(frozen=True)
 class _Layout:
     """Module paths of a family inside its blocks; what is read is a module's input or output."""

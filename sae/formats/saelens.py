@@ -2,7 +2,8 @@
 
 Its tensors have our orientation. The cfg says by `apply_b_dec_to_input` whether b_dec is
 subtracted, so that is never folded on the way out. As in SAELens itself, batchtopk is saved as
-jumprelu with one threshold for all features, and the metadata tell what it was trained as.
+jumprelu with one threshold for all features, and the metadata tell what it was trained as. Its
+W_skip is [d_out d_in].
 """
 
 from pathlib import Path
@@ -15,7 +16,9 @@ from sae.autoencoder import DTYPES
 from sae.errors import FormatError
 from sae.formats import conventions, foreign, hookpoints
 from sae.formats.foreign import Foreign, Notes, Settings
-from sae.formats.hookpoints import Match
+from sae.formats.hookpoints import Match, Translation
+from sae.hooks import Hookpoint
+from sae.routes import Route
 from sae.sparsity import Sparsity
 from sae.store import write_json
 
@@ -36,6 +39,11 @@ _TENSORS = {
     "jumprelu": (*_PLAIN, "threshold"),
     "gated": ("W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag"),
 }
+TRANSCODERS = {"standard": "transcoder", "jumprelu": "jumprelu_transcoder"}
+SKIP_TRANSCODERS = {"standard": "skip_transcoder", "jumprelu": "jumprelu_skip_transcoder"}
+_MAPS = {
+    theirs: plain for names in (TRANSCODERS, SKIP_TRANSCODERS) for plain, theirs in names.items()
+}
 _BATCHTOPK = ("batchtopk", "matryoshka_batchtopk")
 """What it calls the training of batchtopk, the second with prefixes."""
 
@@ -52,10 +60,10 @@ def write(sae_folder: Path, out: Path, features: list[int] | None = None) -> Not
 
 def _fill(folder: Path, own: Foreign) -> Notes:
     foreign.check_kind("saelens", own, ARCHITECTURES, "use --format safetensors")
-    foreign.check_square("saelens", own)
+    architecture = _architecture_of(own)
     metadata, notes = _metadata(own)
     cfg: dict[str, Any] = {
-        "architecture": ARCHITECTURES[own.kind],
+        "architecture": architecture,
         "d_in": own.sae.d_in,
         "d_sae": own.sae.d_sae,
         "dtype": str(own.sae.dtype).removeprefix("torch."),
@@ -67,12 +75,28 @@ def _fill(folder: Path, own: Foreign) -> Notes:
     }
     if own.kind == "topk":
         cfg |= {"k": own.sae.sparsity.config()["k"], "rescale_acts_by_decoder_norm": False}
+    if architecture in _MAPS:
+        cfg["d_out"] = own.sae.d_out
     write_json(folder / CFG, cfg)
     ours, changed = conventions.outward(own.kind, own.tensors)
     names = _TENSORS[ARCHITECTURES[own.kind]]
     theirs = {name: ours["b_enc" if name == "b_gate" else name] for name in names}
+    if "W_skip" in ours:
+        theirs["W_skip"] = ours["W_skip"].T
     foreign.write_tensors(folder / WEIGHTS, theirs)
     return [*changed, *notes]
+
+
+def _architecture_of(own: Foreign) -> str:
+    """SAELens' name of it; FormatError for maps of which it has none."""
+    plain = ARCHITECTURES[own.kind]
+    if not foreign.check_map("saelens", own):
+        return plain
+    names = TRANSCODERS if own.sae.W_skip is None else SKIP_TRANSCODERS
+    if plain not in names or own.sae.subtract_b_dec:
+        what = f"a {own.kind} map" + (" that subtracts b_dec" if own.sae.subtract_b_dec else "")
+        raise foreign.refuse("saelens", what, "use --format safetensors")
+    return names[plain]
 
 
 def _metadata(own: Foreign) -> tuple[dict[str, Any], Notes]:
@@ -85,15 +109,17 @@ def _metadata(own: Foreign) -> tuple[dict[str, Any], Notes]:
         "hook_head_index": None,
         **_training(own),
     }
-    if own.hookpoint is None:
+    if own.route is None:
         return known, []
-    there = hookpoints.to_transformer_lens(own.hookpoint)
-    known |= {"hook_name": there.name, "hook_match": there.match.value}
-    if there.match is Match.UNPROCESSED:
+    there = [hookpoints.to_transformer_lens(p) for p in (*own.route.inputs, *own.route.targets)]
+    known |= {"hook_name": there[0].name, "hook_match": there[0].match.value}
+    if own.route.is_map:
+        known["hook_name_out"] = there[-1].name
+    if any(name.match is Match.UNPROCESSED for name in there):
         known["model_from_pretrained_kwargs"] = {"center_writing_weights": False}
-        return known, []
-    note = f"{own.hookpoint} has no name in TransformerLens: hook_name says it in ours"
-    return known, [] if there.match is Match.EXACT else [note]
+    unnamed = dict.fromkeys(name.name for name in there if name.match is Match.NONE)
+    says = "has no name in TransformerLens: hook_name says it in ours"
+    return known, [f"{name} {says}" for name in unnamed]
 
 
 def _training(own: Foreign) -> dict[str, Any]:
@@ -115,15 +141,16 @@ def read(source: Path) -> list[Foreign]:
     weights = foreign.beside(source / CFG, WEIGHTS)
     known = foreign.known_facts(source, weights)
     _refuse_reshaped(cfg)
-    architecture, dtype = _architecture(cfg), _dtype(cfg)
+    name, dtype = _architecture(cfg), _dtype(cfg)
+    architecture, skip = _MAPS.get(name, name), name in SKIP_TRANSCODERS.values()
     tensors = fingerprint.load(weights)
-    foreign.check_names(weights, tensors, _TENSORS[architecture])
+    foreign.check_names(weights, tensors, (*_TENSORS[architecture], *["W_skip"] * skip))
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    dense = {"W_skip": foreign.turned(tensors.pop("W_skip"))} if skip else {}
     foreign.check_vectors(weights, tensors, set(tensors) - {"W_enc", "W_dec", "b_dec"})
     sparsity, ours, notes = _ours(cfg, architecture, tensors, known)
-    sae = foreign.assemble(
-        weights, ours, sparsity, subtract_b_dec=cfg.flag("apply_b_dec_to_input", True)
-    )
+    subtract = name not in _MAPS and cfg.flag("apply_b_dec_to_input", True)
+    sae = foreign.assemble(weights, ours | dense, sparsity, subtract_b_dec=subtract)
     if (sae.d_in, sae.d_sae) != (cfg.whole("d_in"), cfg.whole("d_sae")):
         raise FormatError(
             f"{source}: {CFG} says d_in {cfg.whole('d_in')} and d_sae {cfg.whole('d_sae')}, the "
@@ -138,10 +165,10 @@ def _architecture(cfg: Settings) -> str:
     name = cfg.text("architecture") or "standard"
     if name == "standard" and str(cfg.values.get("activation_fn")).startswith("topk"):
         name = "topk"
-    if name not in _TENSORS:
+    if name not in _TENSORS and name not in _MAPS:
         raise FormatError(
             f"{cfg.file}: architecture {name!r:.60} is not known here; "
-            f"expected {', '.join(_TENSORS)}"
+            f"expected {', '.join((*_TENSORS, *_MAPS))}"
         )
     return name
 
@@ -219,16 +246,27 @@ def _facts(cfg: Settings) -> tuple[dict[str, Any], Notes]:
         return facts, []
     if said.values.get("hook_head_index") is not None:
         return facts, [f"{name}, head {said.values['hook_head_index']}: we read no single heads"]
-    here = hookpoints.from_transformer_lens(name)
-    if here.match is Match.NONE:
-        here = hookpoints.from_module(name, facts.get("model") or "")
-    if here.match is Match.NONE:
-        return facts, [f"{name} has no name here"]
+    names = [name, *filter(None, [said.text("hook_name_out")])]
+    places = [_here(name, facts.get("model") or "") for name in names]
+    if unnamed := [place.name for place in places if place.match is Match.NONE]:
+        return facts, [f"{name} has no name here" for name in unnamed]
     kwargs = said.object("model_from_pretrained_kwargs")
     processed = [key for key in ("fold_ln", "center_writing_weights") if kwargs.get(key)]
-    doubt = f"{name} was read from a model with {', '.join(processed)}: {here.match.value}"
-    doubts = [doubt] if processed and here.match is Match.UNPROCESSED else []
-    return facts | {"hookpoint": here.name}, doubts
+    doubts = [
+        f"{theirs} was read from a model with {', '.join(processed)}: {place.match.value}"
+        for theirs, place in zip(names, places, strict=True)
+        if processed and place.match is Match.UNPROCESSED
+    ]
+    points = [Hookpoint.parse(place.name) for place in places]
+    return facts | Route((points[0],), (points[-1],)).origin(), doubts
+
+
+def _here(name: str, model: str) -> Translation:
+    """A hookpoint of ours, by its name in TransformerLens, as a module, or in our words."""
+    found = hookpoints.from_transformer_lens(name)
+    if found.match is Match.NONE:
+        found = hookpoints.from_module(name, model)
+    return hookpoints.from_our_words(name) if found.match is Match.NONE else found
 
 
 def _prefixes(cfg: Settings) -> dict[str, Any]:

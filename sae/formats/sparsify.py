@@ -2,7 +2,8 @@
 sae.safetensors, for `SparseCoder.load_from_disk`.
 
 encoder.weight is [d_sae d_in]; W_dec and b_dec have our orientation. The input is centred by b_dec
-unless `transcode` is set, so both of ours fit as they are.
+unless `transcode` is set, so both of ours fit as they are. A transcoder rebuilds the output of the
+module that its folder names from the input; its W_skip is [d_out d_in].
 """
 
 import json
@@ -14,6 +15,8 @@ from sae.errors import FormatError
 from sae.formats import foreign, hookpoints
 from sae.formats.foreign import Foreign, Notes, Settings
 from sae.formats.hookpoints import Match
+from sae.hooks import Hookpoint
+from sae.routes import Route
 from sae.sparsity import make_sparsity
 from sae.store import WEIGHTS, folder_name, write_atomic, write_json
 
@@ -41,7 +44,6 @@ def write(sae_folder: Path, out: Path, features: list[int] | None = None) -> Not
 
 def _fill(folder: Path, own: Foreign) -> Notes:
     foreign.check_kind("sparsify", own, ("topk",), "use --format saelens")
-    foreign.check_square("sparsify", own)
     name, notes = _name(own)
     inner = folder / folder_name(name)
     inner.mkdir()
@@ -52,20 +54,28 @@ def _fill(folder: Path, own: Foreign) -> Notes:
         "num_latents": own.sae.d_sae,
         "k": own.sae.sparsity.config()["k"],
         "multi_topk": False,
-        "skip_connection": False,
+        "skip_connection": own.sae.W_skip is not None,
         "transcode": not own.sae.subtract_b_dec,
         "d_in": own.sae.d_in,
     }
     write_json(inner / CFG, cfg)
     ours = own.tensors | {"W_enc": own.tensors["W_enc"].T}
-    foreign.write_tensors(inner / WEIGHTS, {theirs: ours[name] for theirs, name in _NAMES.items()})
+    theirs = {theirs: ours[name] for theirs, name in _NAMES.items()}
+    if "W_skip" in ours:
+        theirs["W_skip"] = ours["W_skip"].T
+    foreign.write_tensors(inner / WEIGHTS, theirs)
     config = {"model": own.facts.get("model"), "dataset": own.facts.get("data")}
     write_atomic(folder / "config.json", json.dumps(config) + "\n")
     return notes
 
 
 def _name(own: Foreign) -> tuple[str, Notes]:
-    """The module that sparsify would hook, or our name with a note."""
+    """The module that sparsify would hook, or our name with a note; FormatError for most maps."""
+    if foreign.check_map("sparsify", own) and own.sae.d_in != own.sae.d_out:
+        what = f"a map from width {own.sae.d_in} to {own.sae.d_out}"
+        raise foreign.refuse("sparsify", what, "use --format safetensors")
+    if own.route and own.route.is_map:
+        return _module(own.route, own.says("model")), []
     if own.hookpoint is None:
         return "sae", []
     there = hookpoints.to_module(own.hookpoint, own.says("model"))
@@ -75,6 +85,16 @@ def _name(own: Foreign) -> tuple[str, Notes]:
         f"{own.hookpoint} is no module's output, or of a model not known here: its folder says it"
     )
     return str(own.hookpoint), [f"{note} in our words"]
+
+
+def _module(route: Route, model: str) -> str:
+    """The module whose input a map reads and whose output it rebuilds."""
+    ends = [hookpoints.to_nnsight(side[0], model).name for side in (route.inputs, route.targets)]
+    name = ends[0].removesuffix(".input")
+    if ends != [f"{name}.input", f"{name}.output"]:
+        what = f"{route}, which is no module's input and output"
+        raise foreign.refuse("sparsify", what, "use --format safetensors")
+    return hookpoints.to_module(route.targets[0], model).name
 
 
 def read(source: Path) -> list[Foreign]:
@@ -89,10 +109,12 @@ def _read(folder: Path, root: Path) -> Foreign:
     cfg, weights = Settings.read(folder / CFG), folder / WEIGHTS
     _refuse_others(cfg)
     tensors = fingerprint.load(weights)
-    foreign.check_names(weights, tensors, _NAMES)
+    skip = cfg.flag("skip_connection", False)
+    foreign.check_names(weights, tensors, (*_NAMES, *["W_skip"] * skip))
     ours = {name: tensors[theirs] for theirs, name in _NAMES.items()}
-    if tensors["encoder.weight"].ndim == 2:
-        ours["W_enc"] = ours["W_enc"].T
+    if skip:
+        ours["W_skip"] = foreign.turned(tensors["W_skip"])
+    ours["W_enc"] = foreign.turned(ours["W_enc"])
     sae = foreign.assemble(
         weights,
         ours,
@@ -107,7 +129,7 @@ def _read(folder: Path, root: Path) -> Foreign:
     known = next(
         (k for at in (folder, folder.parent) if (k := foreign.known_facts(at, weights))), {}
     )
-    facts, notes = _facts(folder, root)
+    facts, notes = _facts(folder, root, maps=not known and cfg.flag("transcode", False))
     return Foreign(sae, facts | foreign.own_facts(known), () if known else tuple(notes))
 
 
@@ -115,19 +137,22 @@ def _refuse_others(cfg: Settings) -> None:
     activation = cfg.text("activation") or "topk"
     if activation != "topk":
         raise FormatError(f"{cfg.file}: activation {activation!r:.40}: only topk can be read here")
-    if cfg.flag("skip_connection", False):
-        raise FormatError(f"{cfg.file}: skip_connection: we have no such connection")
 
 
-def _facts(folder: Path, root: Path) -> tuple[dict[str, Any], Notes]:
-    """The hookpoint from the folder's name, the model from the run's config.json."""
+def _facts(folder: Path, root: Path, *, maps: bool) -> tuple[dict[str, Any], Notes]:
+    """The hookpoint from the folder's name, both ends of a map; the model from config.json."""
     facts: dict[str, Any] = {}
     for place in (folder, folder.parent):
         if (place / "config.json").is_file():
             run = Settings.read(place / "config.json")
             said = {"model": run.text("model"), "data": run.text("dataset")}
             facts |= {name: value for name, value in said.items() if value}
-    here = hookpoints.from_module(folder.resolve().name, facts.get("model") or "")
+    name, model = folder.resolve().name, facts.get("model") or ""
+    ends = [hookpoints.from_module(f"{name}.{side}", model) for side in ("input", "output")]
+    if maps and all(end.match is Match.EXACT for end in ends):
+        inputs, targets = (Hookpoint.parse(end.name) for end in ends)
+        return facts | Route((inputs,), (targets,)).origin(), []
+    here = hookpoints.from_module(name, model)
     if here.match is Match.EXACT:
         return facts | {"hookpoint": here.name}, []
     return facts, [f"{folder.name} has no name here"]
