@@ -86,13 +86,18 @@ def main() -> None:
     sys.exit(int(silent or worst > GOAL or max(row.excluded for row in rows) > MOST_CLOSE))
 
 
-def environment(peers: Path, package: str) -> tuple[Path, str]:
-    """The Python of a package's own virtual environment, made where there is none; its version."""
+def environment(peers: Path, package: str, *others: str) -> tuple[Path, str]:
+    """The Python of a package's own virtual environment, made where there is none; its version.
+
+    `others` are installed with it. Its torchvision, which may not fit its torch, is taken out.
+    """
     folder = peers / package
     python = folder / "bin" / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", package], check=True)
+        pip = [python, "-m", "pip"]
+        subprocess.run([*pip, "install", "--quiet", package, *others], check=True)
+        subprocess.run([*pip, "uninstall", "--quiet", "--yes", "torchvision"], check=True)
     code = f"import importlib.metadata as m; print(m.version({package!r}))"
     done = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True)
     return python, done.stdout.strip()

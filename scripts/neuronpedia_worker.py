@@ -3,8 +3,8 @@ where this package is not.
 
     python neuronpedia_worker.py JOB.json
 
-    {"model": folder, "sae": SAELens folder, "tokens": safetensors file, "hook", "layer", "features",
-     "batch": a batch of ours to parse, "out": file}
+    {"model": folder, "sae": SAELens folder, "tokens": safetensors file, "hook", "layer",
+     "features", "batch": a batch of ours to parse, "out": file}
 
 Writes SAEDashboard's own batch for the features, the seconds it took, and what its class makes of
 our batch.
