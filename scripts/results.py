@@ -1,4 +1,4 @@
-"""Train and evaluate every configs/builtin-*.yaml and print README's results table.
+"""Train and evaluate every configs/builtin-layers.2.mlp_*.yaml and print README's results table.
 
     python scripts/results.py            # about 40 minutes on two cores; runs that exist are kept
 
@@ -55,7 +55,7 @@ def order(config: Path) -> tuple[str, str, int]:
 
 
 def main() -> None:
-    configs = sorted(CONFIGS.glob("builtin-*.yaml"), key=order)
+    configs = sorted(CONFIGS.glob("builtin-layers.*.mlp_*.yaml"), key=order)
     rows = [row(config, evaluated(config)) for config in configs]
     columns = "site, SAE, L0, FVU, k neurons, CE recovered, k neurons, dead, minutes, command"
     print("| " + columns.replace(", ", " | ") + " |")
