@@ -263,7 +263,7 @@ def test_the_evaluation_is_the_same(
     wanted, room = evaluated(), Room(3 if where == "model" else 40)
     told.clear()
     if where == "sae":
-        room.guard(monkeypatch, SparseAutoencoder, "encode", lambda _, x: len(x))
+        room.guard(monkeypatch, SparseAutoencoder, "forward", lambda _, x: len(x))
     with one_warning():
         if where == "model":
             with room.guard_model(made.model):
