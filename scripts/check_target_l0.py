@@ -5,7 +5,8 @@
                                       [--rows checkpoints/target-l0.jsonl]
 
 The bundled model's layers.2.mlp_act, three kinds of sparsity. Fails where a held-out L0 is more
-than 5 % off. Rows that are in the file already are kept. Eighteen SAEs: half an hour on one core. JumpReLU needs --tokens 1000000.
+than 5 % off. Rows that are in the file already are kept. Eighteen SAEs: half an hour on one
+core. JumpReLU takes longer to settle: give it --tokens 1000000.
 """
 
 import argparse
