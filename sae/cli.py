@@ -475,7 +475,7 @@ def _pages(path: str, given: dict[str, object]) -> list:
     if name is None and not run.saes():
         print(f"{path} holds no SAE yet: its training can be watched")
         return [Training(run.path)]
-    folders = [run.sae(name)] if name else list(run.saes().values()) or [run.sae()]
+    folders = run.chosen(name)
     for folder in folders:
         if not (folder / "features").is_dir():
             print(f"{folder} has no feature dictionary yet; it is made first", flush=True)
@@ -525,7 +525,7 @@ def export(args: list[str]) -> None:
 def _sae_folders(runs: Iterable, name: str | None) -> Iterator[Path]:
     """All SAEs of the runs, or of each the one named."""
     for run in runs:
-        yield from [run.sae(name)] if name else list(run.saes().values()) or [run.sae()]
+        yield from run.chosen(name)
 
 
 def _export_pages(folders: list[Path], out: str, given: dict[str, object]) -> None:

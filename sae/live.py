@@ -58,7 +58,7 @@ class LiveProbe:
         """
         if self.lm.model.get_output_embeddings() is None:
             raise ModelError(f"{self.lm.name} has no head that predicts the next token")
-        if changes and (self.route.is_map or len(self.route.inputs) > 1):
+        if changes and len(self.route.points) > 1:
             raise ModelError(
                 f"{self.route}: features can be changed where an SAE reads and writes one "
                 "hookpoint; this one can only be read"

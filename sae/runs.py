@@ -61,7 +61,7 @@ def open_run(path: str | Path, sae: str | None = None, device: str = "auto") -> 
     run = Run(path)
     store.check_files(run.path, run.config_path.name)
     config = settings.load(run.config_path)
-    chosen = [run.sae(sae)] if sae is not None else list(run.saes().values()) or [run.sae()]
+    chosen = run.chosen(sae)
     manifests = {folder: store.read_manifest(folder) for folder in chosen}
     routes = {folder: _route(folder, manifests[folder]) for folder in chosen}
     inputs = open_inputs(config, pick_device(device))

@@ -295,6 +295,10 @@ class Run:
         """The folder of every SAE of the run, by name."""
         return {file.parent.name: file.parent for file in sorted(self._saes_with_weights())}
 
+    def chosen(self, name: str | None) -> list[Path]:
+        """The folder of the SAE `name`, those of all where it is None; RunError for none."""
+        return [self.sae(name)] if name is not None else list(self.saes().values()) or [self.sae()]
+
     def sae(self, name: str | None = None) -> Path:
         """The folder of one SAE, by name or hookpoint; without a name the run must hold just one.
 

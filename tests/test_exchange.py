@@ -358,6 +358,16 @@ SIDES = {"inputs": ["layers.1.mlp_in"], "targets": ["layers.1.mlp_out"]}
 ROUTE = {"hookpoint": "layers.1.mlp_in-to-layers.1.mlp_out", **SIDES}
 
 
+def check_map_comes_back(sae: SparseAutoencoder, out: Path) -> None:
+    """The files alone, without our own provenance, give the same map bit for bit."""
+    (out / "provenance.json").unlink()
+    (found,) = formats.read(out)[1]
+    x = torch.randn(50, D_IN, generator=torch.Generator().manual_seed(7))
+    for ours, again in zip(sae(x)[1:], found.sae(x)[1:], strict=True):
+        assert torch.equal(again, ours)
+    assert {name: found.facts[name] for name in ROUTE} == ROUTE
+
+
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize(
     ("variant", "architecture"), [("relu_l1", "transcoder"), ("jumprelu", "jumprelu_transcoder")]
@@ -375,12 +385,7 @@ def test_transcoders_go_to_saelens(
     if skip:
         stored = load_file(tmp_path / "out" / "sae_weights.safetensors")["W_skip"]
         assert stored.shape == (5, D_IN)
-    (tmp_path / "out" / "provenance.json").unlink()
-    (found,) = formats.read(tmp_path / "out")[1]
-    x = torch.randn(50, D_IN, generator=torch.Generator().manual_seed(7))
-    for ours, again in zip(sae(x)[1:], found.sae(x)[1:], strict=True):
-        assert torch.equal(again, ours)
-    assert {name: found.facts[name] for name in ROUTE} == ROUTE
+    check_map_comes_back(sae, tmp_path / "out")
 
 
 @pytest.mark.parametrize("variant", ["topk", "gated"])
@@ -427,12 +432,7 @@ def test_transcoders_go_to_sparsify(tmp_path: Path, skip: bool) -> None:
     formats.write("sparsify", saved(tmp_path / "run", sae, **ROUTE), tmp_path / "out")
     cfg = json.loads((tmp_path / "out" / "h.1.mlp" / "cfg.json").read_text())
     assert cfg["transcode"] and cfg["skip_connection"] == skip
-    (tmp_path / "out" / "provenance.json").unlink()
-    (found,) = formats.read(tmp_path / "out")[1]
-    x = torch.randn(50, D_IN, generator=torch.Generator().manual_seed(7))
-    for ours, again in zip(sae(x)[1:], found.sae(x)[1:], strict=True):
-        assert torch.equal(again, ours)
-    assert {name: found.facts[name] for name in ROUTE} == ROUTE
+    check_map_comes_back(sae, tmp_path / "out")
 
 
 def test_maps_that_sparsify_has_not_are_refused(tmp_path: Path) -> None:
