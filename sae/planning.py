@@ -141,20 +141,21 @@ def plan(config: TrainConfig, *, resuming: bool = False) -> Plan:
         _refuse_output(output)
     _check_pool(config)
     device = pick_device(config.device)
-    inputs = open_inputs(config, device)
-    routes = {str(route): route for route in _routes(inputs.lm, config)}
+    lm = open_model(config, device)
+    routes = {str(route): route for route in _routes(lm, config)}
     hookpoints = list(dict.fromkeys(p for route in routes.values() for p in route.points))
-    _check_amount(config, inputs.source)
+    source = open_source(config.data, lm.tokenizer, config.seed)
+    _check_amount(config, source)
     dtype = pick_dtype(config.model.dtype, device)
     made = Plan(
         device=device,
-        lm=inputs.lm,
-        source=inputs.source,
+        lm=lm,
+        source=source,
         config=config,
         dtype=dtype,
         routes=routes,
-        widths={point: width(inputs.lm.model, point) for point in hookpoints},
-        kept_as=_types(inputs.lm, hookpoints, dtype),
+        widths={point: width(lm.model, point) for point in hookpoints},
+        kept_as=_types(lm, hookpoints, dtype),
         output=output,
     )
     _check_saes(made)
@@ -282,13 +283,23 @@ def _duration(seconds: float) -> str:
 
 def open_inputs(config: TrainConfig, device: torch.device) -> Inputs:
     """Load the model, its tokenizer and the text of a config."""
+    lm = open_model(config, device)
+    return Inputs(device, lm, open_source(config.data, lm.tokenizer, config.seed))
+
+
+def open_model(config: TrainConfig, device: torch.device) -> LanguageModel:
+    """Load the model of a config and its tokenizer.
+
+    Raises:
+        DataError: it reads fewer tokens at once than `data.context`.
+    """
     lm = language_model.load(config.model, device)
     if lm.context is not None and config.data.context > lm.context:
         raise DataError(
             f"data.context: {config.data.context} tokens came, but {lm.name} reads at most "
             f"{lm.context}; give at most {lm.context}"
         )
-    return Inputs(device, lm, open_source(config.data, lm.tokenizer, config.seed))
+    return lm
 
 
 def pick_device(name: str) -> torch.device:
