@@ -29,7 +29,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The package and its tests, with the variant of CONTRIBUTING.md."""
     folder = tmp_path_factory.mktemp("copy")
     for name in ("sae", "tests", "checkpoints/builtin"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, folder / name)
     shutil.copy(ROOT / "pyproject.toml", folder)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
     sparsity, config, row = blocks
@@ -62,27 +62,28 @@ def python(copy: Path, *args: str) -> str:
     return done.stdout
 
 
-def test_the_variant_of_contributing_has_the_properties_of_every_kind_and_resumes(copy: Path):
-    out = python(
-        copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_sparsity.py",
-        "tests/test_resume.py", "-k", "fixed and (test_sparsity or same_bits)",
-    )  # fmt: skip
-    assert int(re.findall(r"(\d+) passed", out)[0]) > 10
-
-
 COMMANDS = """
 import sys
 from sae import cli
-run, *options = sys.argv[1:]
-for args in (["train", *options], ["features", run, "--tokens", "1000"], ["top", run]):
-    assert cli.main(args) == 0
+def test_commands(capfd):
+    for args in {commands}:
+        assert cli.main(args) == 0
+    out = capfd.readouterr().out
+    assert "fixed threshold 0.5" in out and "strongest example" in out
 """
 
 
-def test_the_variant_of_contributing_trains_and_is_listed(copy: Path, tmp_path: Path):
+def test_the_variant_of_contributing_has_all_properties_resumes_and_is_listed(
+    copy: Path, tmp_path: Path
+) -> None:
     given = overrides(save(tmp_path)) | {"output": str(tmp_path / "run")}
     del given["sae.sparsity.k"]
     given |= {"sae.sparsity.kind": "fixed", "sae.sparsity.threshold": "0.5"}
     options = [part for name, value in given.items() for part in (f"--{name}", value)]
-    out = python(copy, "-c", COMMANDS, given["output"], *options)
-    assert "fixed threshold 0.5" in out and "strongest example" in out
+    run = given["output"]
+    commands = [["train", *options], ["features", run, "--tokens", "1000"], ["top", run]]
+    (copy / "tests" / "test_fixed.py").write_text(COMMANDS.format(commands=commands))
+    files = [f"tests/test_{name}.py" for name in ("sparsity", "resume", "fixed")]
+    wanted = "fixed and (test_sparsity or same_bits or test_commands)"
+    out = python(copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", wanted)
+    assert int(re.findall(r"(\d+) passed", out)[0]) > 11

@@ -2,7 +2,7 @@
 once more with the server stopped.
 
 The Hub is a process (hub_server.py) that the real huggingface_hub and datasets reach by
-HF_ENDPOINT; files above its limit go by LFS. Each client is a process of its own too, as the
+HF_ENDPOINT; files above its limit go by LFS. The clients are processes of their own too, as the
 libraries read that variable once.
 """
 
@@ -115,19 +115,20 @@ def test_there_and_back_and_once_more_without_the_server(
     server: tuple[str, subprocess.Popen[str]], trained: Path, tmp_path: Path
 ) -> None:
     endpoint, process = server
-    said = client(PUSH.format(run=str(trained)), endpoint, tmp_path / "home")
-    assert f"published {endpoint}/me/tides" in said and "/datasets/me/tides" in said
     sae = SparseAutoencoder.from_pretrained(trained)
     wanted = float(sae.W_dec.detach().double().sum())
-    for name in ("first", "second"):
-        code = READ.format(out=str(tmp_path / name))
-        read = client(code, endpoint, tmp_path / "home", stopped=name == "second")
-        sums, rows, code = json.loads(read.splitlines()[-1])
+    for name, before, after in (
+        ("first", PUSH.format(run=str(trained)), MISSING),
+        ("again", "", ""),
+    ):
+        code = before + READ.format(out=str(tmp_path / name)) + after
+        said = client(code, endpoint, tmp_path / "home", stopped=name == "again")
+        sums, rows, code = json.loads(said.splitlines()[-1])
         assert sums == [wanted] * 4 and rows[0] == sae.d_sae and rows[1] > 0 and code == 0
-        again = SparseAutoencoder.from_pretrained(tmp_path / name)
-        assert torch.equal(again.W_dec, sae.W_dec)
+        back = SparseAutoencoder.from_pretrained(tmp_path / name)
+        assert torch.equal(back.W_dec, sae.W_dec)
         if name == "first":
-            client(MISSING, endpoint, tmp_path / "home")
+            assert f"published {endpoint}/me/tides" in said and "/datasets/me/tides" in said
             process.kill()
             process.wait()
 
