@@ -24,6 +24,7 @@ def pytest_configure() -> None:
     import torch
 
     torch.set_num_threads(1)
+    os.fsync = lambda fd: None  # a third of the time of many tests, and no test cuts the power
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

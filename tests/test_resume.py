@@ -8,6 +8,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from variants import VARIANTS
 from sae import checkpoint, cli, store, training
 from sae.activations import ActivationStream
 from sae.errors import RunError
-from sae.planning import Plan
 from sae.resuming import saved_state
 from sae.store import Run, read_manifest, sha256
 
@@ -304,7 +304,7 @@ def test_a_time_that_is_none(folder: Path, text: str, capsys: pytest.CaptureFixt
 BAD = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf"), "1e38": 1e38}
 
 
-def with_batches(plan: Plan, monkeypatch: pytest.MonkeyPatch, change: Callable) -> None:
+def with_batches(monkeypatch: pytest.MonkeyPatch, change: Callable) -> None:
     """The stream of the trainer, its batches passed through `change(number, batches)`."""
     draw, numbers = ActivationStream.draw, iter(range(10**6))
 
@@ -315,6 +315,20 @@ def with_batches(plan: Plan, monkeypatch: pytest.MonkeyPatch, change: Callable) 
     monkeypatch.setattr(ActivationStream, "draw", changed)
 
 
+@pytest.fixture(scope="module")
+def clean(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[str]]:
+    """The weights of a run of a kind whose batch 7 never came; each is trained once."""
+
+    @cache
+    def of(kind: str) -> list[str]:
+        with pytest.MonkeyPatch.context() as patch:
+            with_batches(patch, lambda n, batches: "leave out" if n == 7 else batches)
+            changes = KINDS[kind] | {"data.repeat": "true"}
+            return weights(trained(folder, tmp_path_factory.mktemp("clean") / "run", changes))
+
+    return of
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("value", BAD)
 @pytest.mark.parametrize("rows", [slice(3, 4), slice(None)], ids=["a token", "a batch"])
@@ -322,12 +336,12 @@ def test_a_skipped_batch_is_as_if_it_had_never_come(
     folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    clean: Callable[[str], list[str]],
     kind: str,
     value: str,
     rows: slice,
 ) -> None:
     """Bit for bit: also the schedule, the generator, and the clocks of dead features."""
-    changes = KINDS[kind] | {"data.repeat": "true"}
 
     def poison(number: int, batches: dict) -> dict:
         if number == 7:
@@ -335,13 +349,10 @@ def test_a_skipped_batch_is_as_if_it_had_never_come(
                 batch.x[rows] = BAD[value]
         return batches
 
-    with monkeypatch.context() as patch:
-        with_batches(planned(folder), patch, poison)
-        run = trained(folder, tmp_path / "run", changes)
-    with monkeypatch.context() as patch:
-        with_batches(planned(folder), patch, lambda n, b: "leave out" if n == 7 else b)
-        clean = trained(folder, tmp_path / "clean", changes)
-    assert weights(run) == weights(clean)
+    wanted = clean(kind)
+    with_batches(monkeypatch, poison)
+    run = trained(folder, tmp_path / "run", KINDS[kind] | {"data.repeat": "true"})
+    assert weights(run) == wanted
     (skipped,) = events(run)
     assert skipped["event"] == "skipped" and skipped["tokens"] == 7 * BATCH
     assert skipped["documents"] and metrics(run)[-1]["skipped"] == 1
