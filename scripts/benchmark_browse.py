@@ -37,7 +37,7 @@ from sae.store import WEIGHTS, sha256, staged, write_atomic, write_manifest
 WIDTH, ROWS, WORDS, D_IN = 128, 512, 4096, 16
 EXAMPLES = {"top": 6, "interval": 5, "random": 1}
 AT_ONCE = 1024
-TIMES = 3
+TIMES = 5
 OPENED = 200
 """Feature pages that are opened."""
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
@@ -50,6 +50,11 @@ GO = """place => new Promise(done => {
     : requestAnimationFrame(() => done(performance.now() - start));
   look();
 })"""
+LISTED = """const look = () => document.querySelector("#rows .row mark")
+  ? requestAnimationFrame(() => { window.listed = performance.now(); })
+  : requestAnimationFrame(look);
+requestAnimationFrame(look);"""
+"""Notes when the lines of the list are shown, counted from the start of the navigation."""
 CLICK = """text => new Promise(done => {
   const heads = [...document.querySelectorAll("button.sort")];
   const button = heads.find(head => head.textContent.startsWith(text));
@@ -126,7 +131,7 @@ def table(columns: dict[str, Any], schema: pa.Schema) -> pa.Table:
 
 
 def say(name: str, text: str) -> None:
-    print(f"  {name:<25}{text}", flush=True)
+    print(f"  {name:<27}{text}", flush=True)
 
 
 def memory() -> str:
@@ -241,15 +246,16 @@ def measure(browser: Any, address: str, n: int) -> None:
     times, busy = [], []
     for _ in range(TIMES):
         tab = browser.new_page(viewport={"width": 1280, "height": 900})
-        start, before = time.perf_counter(), cpu_seconds()
+        tab.add_init_script(LISTED)
+        before = cpu_seconds()
         tab.goto(address)
-        tab.wait_for_selector("#rows .row mark")
-        times.append(1e3 * (time.perf_counter() - start))
+        tab.wait_for_selector("main:not([aria-busy])")
+        times.append(tab.evaluate("listed"))
         busy.append(1e3 * (cpu_seconds() - before))
         if len(times) < TIMES:
             tab.close()
-    say("first list, 3 times", ", ".join(f"{x:.0f}" for x in times) + " ms")
-    say("  of CPU time", ", ".join(f"{x:.0f}" for x in busy) + " ms")
+    say(f"first list, {TIMES} times", ", ".join(f"{x:.0f}" for x in times) + " ms")
+    say("  of CPU time, whole page", ", ".join(f"{x:.0f}" for x in busy) + " ms")
     before = cpu_seconds()
     sorts = [tab.evaluate(CLICK, name) for name in ("Max", "Neurons", "Density", "Max", "Max")]
     say("sort, slowest of 5", f"{max(sorts):8.0f} ms")

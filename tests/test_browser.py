@@ -365,7 +365,10 @@ def test_the_selection_as_parquet(site: str, dictionary: FeatureDictionary) -> N
 
 def test_ports() -> None:
     with server.open_socket() as first, server.open_socket() as second:
-        socket.create_connection(first.getsockname()).close()  # nobody is refused before serve()
+        with socket.create_connection(first.getsockname()):  # nobody is refused before serve()
+            accepted, _ = first.accept()
+            accepted.close()
+            assert accepted.proto == socket.IPPROTO_TCP  # asyncio then sends without waiting
         assert first.getsockname()[0] == second.getsockname()[0] == "127.0.0.1"
         with pytest.raises(RunError, match="taken"):
             server.open_socket(first.getsockname()[1])

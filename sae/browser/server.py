@@ -299,7 +299,9 @@ def open_socket(port: int | None = None) -> socket.socket:
     Raises RunError where `port` is taken.
     """
     for candidate in [port] if port is not None else [*range(PORT, PORT + 50), 0]:
-        listening = socket.socket()
+        # asyncio sends at once only what it knows to be TCP; else every answer on a connection that
+        # is used again waits 40 ms for the acknowledgement of its head.
+        listening = socket.socket(proto=socket.IPPROTO_TCP)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listening.bind((HOST, candidate))

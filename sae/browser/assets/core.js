@@ -208,6 +208,8 @@ const SAE = (() => {
     setTimeout(() => URL.revokeObjectURL(url), 5000);
   }
 
+  load("index").catch(() => {}); // on its way while the other scripts load; start.js tells of a failure
+
   return { el, put, load, forget, ask, served, numbers, percent, number, signed, visible, chip, say,
     where, address, keep, featureAddress, link, shade, explain, save, pages, tip, index: null };
 })();

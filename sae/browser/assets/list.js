@@ -125,7 +125,7 @@ SAE.list = (() => {
       el("span", { role: "cell", class: "num" }, number(t.max[i])),
       el("span", { role: "cell", class: "num wide" }, number(t.participation[i])));
     const size = SAE.index[d].parts.rows;
-    load(`${d}/rows-${Math.floor(feature / size)}`).then((rows) => {
+    row.filled = load(`${d}/rows-${Math.floor(feature / size)}`).then((rows) => {
       const own = rows.find((r) => r[0] === feature);
       if (!own) return;
       if (own[3]) {
@@ -178,6 +178,7 @@ SAE.list = (() => {
         refresh();
       },
       refresh,
+      filled: () => Promise.all(Array.from(drawn.values(), (row) => row.filled)),
     };
   }
 
@@ -236,6 +237,7 @@ SAE.list = (() => {
     scroller.addEventListener("keydown", (event) => move(event, scroller));
     if (s.q) await find(); else update();
     SAE.state.list = { d, around: (feature) => around(t, places, feature) };
+    await lines.filled();
     await new Promise(requestAnimationFrame); // the list is there first
     SAE.ranges.draw(plots, t, s, update);
   }
