@@ -62,8 +62,24 @@ HOLDS = {
     "gemma_scope": {"jumprelu", "batchtopk", "matryoshka"},
     "gemma_scope_2": {"jumprelu", "batchtopk", "matryoshka"},
 }
-MAPS = ("safetensors", "saelens", "sparsify")
-SQUARE = [(name, min(held)) for name, held in HOLDS.items() if name not in MAPS]
+_JUMPS = {"jumprelu", "batchtopk", "matryoshka"}
+MAPS = {
+    "transcoder": {
+        "safetensors": ALL,
+        "saelens": {"relu_l1", *_JUMPS},
+        "sparsify": {"topk"},
+        "gemma_scope": _JUMPS,
+        "gemma_scope_2": _JUMPS,
+    },
+    "skip transcoder": {
+        "safetensors": ALL,
+        "saelens": {"relu_l1", *_JUMPS},
+        "sparsify": {"topk"},
+        "gemma_scope_2": _JUMPS,
+    },
+    "crosscoder": {"safetensors": ALL},
+}
+"""Which formats hold which kinds of maps."""
 NO_BFLOAT16 = "gemma_scope"
 SUBTRACTS = {
     "dictionary_learning": {"jumprelu": False} | dict.fromkeys(ALL - {"jumprelu", "relu_l1"}, True),
@@ -199,11 +215,54 @@ def test_what_cannot_be_held_is_refused(tmp_path: Path, name: str, variant: str)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("name", "kind"), SQUARE)
-def test_a_map_between_widths_is_refused(tmp_path: Path, name: str, kind: str) -> None:
-    folder = saved(tmp_path / "run", make(VARIANTS[kind](), subtract=False, d_out=5))
-    with pytest.raises(FormatError, match=f"--format {name} cannot hold a map from width 8 to 5"):
-        formats.write(name, folder, tmp_path / "out")
+SIDES = {"inputs": ["layers.1.mlp_in"], "targets": ["layers.1.mlp_out"]}
+ROUTE = {"hookpoint": "layers.1.mlp_in-to-layers.1.mlp_out", **SIDES}
+LAYERS = ["layers.0.mlp_out", "layers.1.mlp_out"]
+ROUTES = dict.fromkeys(("transcoder", "skip transcoder"), ROUTE) | {
+    "crosscoder": {"hookpoint": "layers.0-1.mlp_out", "inputs": LAYERS, "targets": LAYERS}
+}
+
+
+def make_map(shape: str, variant: str, *, d_out: int = D_IN) -> SparseAutoencoder:
+    """Random weights of a map; a crosscoder's two hookpoints are half as wide each."""
+    sae = SparseAutoencoder(
+        *(D_IN, D_SAE, VARIANTS[variant](), d_out, False),
+        skip=shape == "skip transcoder",
+        sites=[D_IN // 2] * 2 if shape == "crosscoder" else None,
+    )
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for name, tensor in sae.tensors().items():
+            drawn = torch.randn(tensor.shape, generator=generator)
+            tensor.copy_(drawn.abs() if name == "threshold" else 0.3 * drawn)
+    return sae
+
+
+EVERY_MAP = [(shape, name, variant) for shape in MAPS for name in HOLDS for variant in VARIANTS]
+
+
+@pytest.mark.parametrize(("shape", "name", "variant"), EVERY_MAP)
+def test_every_map_comes_back_or_is_refused(
+    tmp_path: Path, shape: str, name: str, variant: str
+) -> None:
+    """Each pair of architecture and format, with the place it has; the files alone tell it too."""
+    sae = make_map(shape, variant)
+    prefixes = f"sae: {{prefixes: {PREFIXES}}}" if variant == "matryoshka" else ""
+    folder = saved(tmp_path / "run", sae, prefixes, **ROUTES[shape])
+    if variant not in MAPS[shape].get(name, ()):
+        with pytest.raises(FormatError, match=f"--format {name} cannot hold") as caught:
+            formats.write(name, folder, tmp_path / "out")
+        assert len(str(caught.value).splitlines()) <= 3 and not (tmp_path / "out").exists()
+        return
+    notes = formats.write(name, folder, tmp_path / "out")
+    (found,) = formats.read(tmp_path / "out")[1]
+    assert found.sae.config() == sae.config()
+    moved = {n for n, t in sae.tensors().items() if not torch.equal(found.sae.tensors()[n], t)}
+    assert moved <= {FOLDED.get((name, variant))}
+    assert not moved or any("not bit for bit" in note for note in notes)
+    for tensor in moved:
+        torch.testing.assert_close(found.sae.tensors()[tensor], sae.tensors()[tensor])
+    assert {key: found.facts[key] for key in ROUTE} == ROUTES[shape]
 
 
 @pytest.mark.parametrize(
@@ -343,21 +402,6 @@ def test_saelens_mistakes(tmp_path: Path, changes: dict[str, Any], wanted: str) 
     assert len(str(caught.value).splitlines()) <= 3
 
 
-def transcoder(variant: str, *, skip: bool, d_out: int = 5) -> SparseAutoencoder:
-    """A map from mlp_in to mlp_out, of another width."""
-    sparsity = VARIANTS[variant]()
-    sae = SparseAutoencoder(D_IN, D_SAE, sparsity, d_out, False, skip=skip)
-    generator = torch.Generator().manual_seed(6)
-    with torch.no_grad():
-        for parameter in sae.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    return sae
-
-
-SIDES = {"inputs": ["layers.1.mlp_in"], "targets": ["layers.1.mlp_out"]}
-ROUTE = {"hookpoint": "layers.1.mlp_in-to-layers.1.mlp_out", **SIDES}
-
-
 def check_map_comes_back(sae: SparseAutoencoder, out: Path) -> None:
     """The files alone, without our own provenance, give the same map bit for bit."""
     (out / "provenance.json").unlink()
@@ -376,7 +420,7 @@ def test_transcoders_go_to_saelens(
     tmp_path: Path, variant: str, architecture: str, skip: bool
 ) -> None:
     """With their two hookpoints, W_skip turned round, and as they were without provenance."""
-    sae = transcoder(variant, skip=skip)
+    sae = make_map("skip transcoder" if skip else "transcoder", variant, d_out=5)
     formats.write("saelens", saved(tmp_path / "run", sae, **ROUTE), tmp_path / "out")
     cfg = json.loads((tmp_path / "out" / "cfg.json").read_text())
     theirs = architecture.replace("transcoder", "skip_transcoder") if skip else architecture
@@ -386,13 +430,6 @@ def test_transcoders_go_to_saelens(
         stored = load_file(tmp_path / "out" / "sae_weights.safetensors")["W_skip"]
         assert stored.shape == (5, D_IN)
     check_map_comes_back(sae, tmp_path / "out")
-
-
-@pytest.mark.parametrize("variant", ["topk", "gated"])
-def test_maps_that_saelens_has_not_are_refused(tmp_path: Path, variant: str) -> None:
-    folder = saved(tmp_path / "run", transcoder(variant, skip=False), **ROUTE)
-    with pytest.raises(FormatError, match=f"--format saelens cannot hold a {variant} map"):
-        formats.write("saelens", folder, tmp_path / "out")
 
 
 # sparsify
@@ -428,7 +465,7 @@ def test_a_folder_of_coders(tmp_path: Path) -> None:
 @pytest.mark.parametrize("skip", [False, True])
 def test_transcoders_go_to_sparsify(tmp_path: Path, skip: bool) -> None:
     """A module's input to its output; W_skip turned round; the folder and cfg tell it all."""
-    sae = transcoder("topk", skip=skip, d_out=D_IN)
+    sae = make_map("skip transcoder" if skip else "transcoder", "topk")
     formats.write("sparsify", saved(tmp_path / "run", sae, **ROUTE), tmp_path / "out")
     cfg = json.loads((tmp_path / "out" / "h.1.mlp" / "cfg.json").read_text())
     assert cfg["transcode"] and cfg["skip_connection"] == skip
@@ -436,11 +473,11 @@ def test_transcoders_go_to_sparsify(tmp_path: Path, skip: bool) -> None:
 
 
 def test_maps_that_sparsify_has_not_are_refused(tmp_path: Path) -> None:
-    folder = saved(tmp_path / "run", transcoder("topk", skip=False), **ROUTE)
+    folder = saved(tmp_path / "run", make_map("transcoder", "topk", d_out=5), **ROUTE)
     with pytest.raises(FormatError, match="cannot hold a map from width 8 to 5"):
         formats.write("sparsify", folder, tmp_path / "out")
     across = {**ROUTE, "targets": ["layers.2.mlp_out"]}
-    sae = transcoder("topk", skip=False, d_out=D_IN)
+    sae = make_map("transcoder", "topk")
     with pytest.raises(FormatError, match="is no module's input and output"):
         formats.write("sparsify", saved(tmp_path / "other", sae, **across), tmp_path / "out")
 
@@ -558,6 +595,7 @@ def test_gemma_scope_is_named_by_its_folders(tmp_path: Path) -> None:
             "hookpoint": "layers.20.mlp_out",
         },
         REPOSITORY.replace("res", "att"): {"model": "google/gemma-2-2b"},
+        REPOSITORY.replace("res", "transcoders"): {"model": "google/gemma-2-2b"},
         "elsewhere": {},
     }.items():
         (found,) = formats.read(scope(tmp_path / name, sae))[1]
@@ -594,11 +632,31 @@ def test_gemma_scope_2_names_the_module(tmp_path: Path) -> None:
         assert found.facts == {"model": facts[0], "hookpoint": f"layers.7.{facts[1]}"}
 
 
+@pytest.mark.parametrize("skip", [False, True])
+def test_transcoders_go_to_gemma_scope_2(tmp_path: Path, skip: bool) -> None:
+    """W_skip is [d_in d_out] there; the modules of a Gemma 3 are its two ends."""
+    sae = make_map("skip transcoder" if skip else "transcoder", "jumprelu", d_out=5)
+    formats.write("gemma_scope_2", saved(tmp_path / "run", sae, **ROUTE), tmp_path / "out")
+    file = tmp_path / "out" / "config.json"
+    config = json.loads(file.read_text())
+    assert config["affine_connection"] == skip
+    stored = load_file(tmp_path / "out" / "params.safetensors")
+    assert not skip or torch.equal(stored["affine_skip_connection"], sae.tensors()["W_skip"])
+    (tmp_path / "out" / "provenance.json").unlink()
+    ends = [f"model.layers.7.{side}_feedforward_layernorm.output" for side in ("pre", "post")]
+    config |= dict(zip(("hf_hook_point_in", "hf_hook_point_out"), ends, strict=True))
+    file.write_text(json.dumps(config | {"model_name": "gemma-v3-1b-pt"}))
+    (found,) = formats.read(tmp_path / "out")[1]
+    assert str(found.route) == "layers.7.mlp_in-to-layers.7.mlp_out"
+    assert torch.equal(found.sae.W_dec, sae.W_dec)
+
+
 @pytest.mark.parametrize(
     ("changes", "wanted"),
     [
         ({"architecture": "topk"}, "architecture 'topk': expected jump_relu"),
-        ({"hf_hook_point_out": "model.layers.8.output"}, "rebuilds another"),
+        ({"affine_connection": True}, "missing affine_skip_connection"),
+        ({"affine_connection": "yes"}, "expected true or false"),
         ({"hf_hook_point_in": ["a"]}, "expected text"),
     ],
 )
