@@ -1,9 +1,10 @@
 """Round trips through other tools' own packages: the same activations and reconstructions?
 
-Ours → theirs: an SAE of random weights is exported, opened by the real package in a virtual
-environment of its own, and both encode and decode 1,000 random and 1,000 real activations (of the
-bundled model). Theirs → ours: the package saves what it has loaded, and `sae import` reads that.
-Prints the table of docs/exchange.md. Takes ten minutes, most of it installing.
+Ours → theirs: an SAE or a map of random weights is exported, opened by the real package in a
+virtual environment of its own, and both encode and decode 1,000 random and 1,000 real activations
+(of the bundled model). Theirs → ours: the package saves what it has loaded, and `sae import` reads
+that. Gemma Scope's files are read by SAELens' own loaders of them. Prints the table of
+docs/exchange.md. Takes twenty minutes, half of it installing.
 
     make exchange            # or: python scripts/exchange.py [--peers FOLDER] [--only saelens]
 """
@@ -27,6 +28,7 @@ from sae.builtin import documents
 from sae.config import ModelConfig
 from sae.hooks import Hookpoint, capture
 from sae.language_model import load
+from sae.routes import Route
 from sae.sparsity import BatchTopK, Gated, JumpRelu, ReluL1, TopK, make_sparsity
 from sae.store import Run, write_atomic, write_manifest
 
@@ -34,9 +36,14 @@ PACKAGES = {
     "saelens": "sae-lens",
     "sparsify": "eai-sparsify",
     "dictionary_learning": "dictionary-learning",
+    "gemma_scope": "sae-lens",
+    "gemma_scope_2": "sae-lens",
 }
+"""What reads each format."""
 WORKER = Path(__file__).with_name("exchange_worker.py")
 SITE, N, D_SAE, SEED = "layers.2.mlp_out", 1000, 512, 0
+READS = "layers.2.mlp_in"
+"""What a transcoder to SITE reads."""
 GOAL, CLOSE, MOST_CLOSE = 1e-5, 1e-5, 1e-3
 KINDS = {
     "relu_l1": ReluL1(1.0),
@@ -46,16 +53,43 @@ KINDS = {
     "jumprelu": JumpRelu(),
     "gated": Gated(1.0),
 }
-HOLDS = {"saelens": tuple(KINDS), "sparsify": ("topk",), "dictionary_learning": tuple(KINDS)}
+SAES = {
+    "saelens": tuple(KINDS),
+    "sparsify": ("topk",),
+    "dictionary_learning": tuple(KINDS),
+    "gemma_scope": ("batchtopk", "matryoshka", "jumprelu"),
+    "gemma_scope_2": ("batchtopk", "matryoshka", "jumprelu"),
+}
+MAPS = {
+    "saelens": ("relu_l1", "batchtopk", "matryoshka", "jumprelu"),
+    "sparsify": ("topk",),
+    "gemma_scope": SAES["gemma_scope"],
+    "gemma_scope_2": SAES["gemma_scope_2"],
+}
+NO_SKIP = ("gemma_scope",)
 PREFIXES = "sae: {prefixes: [0.25, 0.5, 1.0]}\n"
 
 
+class Case(NamedTuple):
+    """What goes out and comes back."""
+
+    kind: str
+    shape: str = "SAE"
+    """SAE, transcoder or skip transcoder."""
+    subtract: bool = False
+
+    @property
+    def is_map(self) -> bool:
+        """Whether it rebuilds something else than it reads."""
+        return self.shape != "SAE"
+
+
 class Row(NamedTuple):
-    """One direction of one kind through one package."""
+    """One direction of one case through one package."""
 
     package: str
-    kind: str
-    subtract: bool
+    format: str
+    case: Case
     direction: str
     encode: float
     decode: float
@@ -68,22 +102,36 @@ class Row(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--peers", type=Path, default=Path(".peers"), help="virtual environments")
-    parser.add_argument("--only", choices=PACKAGES, help="one of the packages")
+    parser.add_argument("--only", choices=PACKAGES, help="one of the formats")
     args = parser.parse_args()
-    real = real_activations()
-    random = torch.randn(real.shape, generator=torch.Generator().manual_seed(SEED))
-    inputs = {"random": random, "real": real}
+    real = {site: real_activations(site) for site in (READS, SITE)}
+    generator = torch.Generator().manual_seed(SEED)
+    random = torch.randn(real[SITE].shape, generator=generator)
     rows = []
     for name in [args.only] if args.only else PACKAGES:
         python, version = environment(args.peers, PACKAGES[name])
-        print(f"{PACKAGES[name]} {version}", flush=True)
-        for kind in HOLDS[name]:
-            for subtract in (True, False):
-                rows += trips(python, f"{PACKAGES[name]} {version}", name, kind, subtract, inputs)
+        package = f"{PACKAGES[name]} {version}"
+        print(f"{package}, {name}", flush=True)
+        rows += trips(python, package, name, random, real)
     print(table(rows))
     worst = max(max(row.encode, row.decode) for row in rows)
-    silent = min(row.l0 for row in rows) < 1
-    sys.exit(int(silent or worst > GOAL or max(row.excluded for row in rows) > MOST_CLOSE))
+    excluded, silent = max(row.excluded for row in rows), min(row.l0 for row in rows) < 1
+    print(
+        f"{len(rows)} rows; the largest difference is {worst:.0e}, the largest share excluded "
+        f"{excluded:.4%}"
+    )
+    sys.exit(int(silent or worst > GOAL or excluded > MOST_CLOSE))
+
+
+def cases(name: str) -> Iterator[Case]:
+    """All that a format holds: SAEs with and without subtraction of b_dec, and maps."""
+    for kind in SAES[name]:
+        yield Case(kind, subtract=True)
+        yield Case(kind)
+    for kind in MAPS.get(name, ()):
+        yield Case(kind, "transcoder")
+        if name not in NO_SKIP:
+            yield Case(kind, "skip transcoder")
 
 
 def environment(peers: Path, package: str, *others: str) -> tuple[Path, str]:
@@ -103,10 +151,10 @@ def environment(peers: Path, package: str, *others: str) -> tuple[Path, str]:
     return python, done.stdout.strip()
 
 
-def real_activations() -> Tensor:
-    """[N d] what the bundled model's MLP writes on built-in text."""
+def real_activations(site: str) -> Tensor:
+    """[N d] what the bundled model has at a hookpoint on built-in text."""
     lm = load(ModelConfig(), torch.device("cpu"))
-    point, found = Hookpoint.parse(SITE), []
+    point, found = Hookpoint.parse(site), []
     for document in documents("builtin:"):
         ids = lm.tokenizer(document.text, return_tensors="pt", verbose=False)["input_ids"]
         for start in range(0, ids.shape[1], lm.context or N):
@@ -119,34 +167,53 @@ def real_activations() -> Tensor:
 
 
 def trips(
-    python: Path, package: str, name: str, kind: str, subtract: bool, inputs: dict[str, Tensor]
+    python: Path, package: str, name: str, random: Tensor, real: dict[str, Tensor]
 ) -> Iterator[Row]:
-    """Out to the package, and back from what it saves."""
+    """All cases out to the package, in one process of it, and back from what it saves."""
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        sae = make(kind, subtract, inputs["real"])
-        save_file(inputs, root / "inputs.safetensors")
-        settings = PREFIXES if kind == "matryoshka" else ""
-        formats.write(name, run_folder(root / "run", sae, settings), root / "out")
-        there = next((root / "out").rglob({"sparsify": "cfg.json"}.get(name, "*.json"))).parent
-        job = {"format": name, "folder": str(there), "root": str(root)}
-        write_atomic(root / "job.json", json.dumps(job))
-        subprocess.run([python, WORKER, root / "job.json"], check=True, capture_output=True)
-        theirs = load_file(root / "outputs.safetensors")
-        yield compare(Row(package, kind, subtract, "ours → theirs", 0, 0, 0), sae, inputs, theirs)
-        found = formats.read(root / "saved", name, trusted=True)[1][0].sae
-        yield compare(Row(package, kind, subtract, "theirs → ours", 0, 0, 0), found, inputs, theirs)
+        roots = {case: Path(folder) / str(i) for i, case in enumerate(cases(name))}
+        inputs = {
+            case: {"random": random, "real": real[READS if case.is_map else SITE]} for case in roots
+        }
+        ours = {case: make(case, inputs[case]["real"], real[SITE]) for case in roots}
+        jobs = [export(name, case, roots[case], ours[case], inputs[case]) for case in roots]
+        write_atomic(Path(folder) / "jobs.json", json.dumps(jobs))
+        command = [python, WORKER, Path(folder) / "jobs.json"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        for case, root in roots.items():
+            theirs = load_file(root / "outputs.safetensors")
+            found = formats.read(root / "saved", name, trusted=True)[1][0].sae
+            for direction, sae in (("ours → theirs", ours[case]), ("theirs → ours", found)):
+                yield compare(
+                    Row(package, name, case, direction, 0, 0, 0), sae, inputs[case], theirs
+                )
+
+
+def export(
+    name: str, case: Case, root: Path, sae: SparseAutoencoder, inputs: dict[str, Tensor]
+) -> dict[str, str]:
+    """Write it as a run and in the format; what the other side has to know."""
+    formats.write(name, run_folder(root / "run", sae, case), root / "out")
+    save_file(inputs, root / "inputs.safetensors")
+    there = next((root / "out").rglob("cfg.json" if name == "sparsify" else "*.json")).parent
+    return {"format": name, "shape": case.shape, "folder": str(there), "root": str(root)}
 
 
 @torch.no_grad()
-def make(kind: str, subtract: bool, x: Tensor) -> SparseAutoencoder:
-    """Random directions of norm 1, and biases and thresholds that leave features sparse."""
-    sparsity = make_sparsity(KINDS[kind].kind, **KINDS[kind].config())
-    sae = SparseAutoencoder(x.shape[1], D_SAE, sparsity, None, subtract)
+def make(case: Case, x: Tensor, y: Tensor) -> SparseAutoencoder:
+    """Random directions of norm 1, and biases and thresholds that leave features sparse.
+
+    `x` and `y`: activations that it reads and rebuilds.
+    """
+    sparsity = make_sparsity(KINDS[case.kind].kind, **KINDS[case.kind].config())
+    skip = case.shape == "skip transcoder"
+    sae = SparseAutoencoder(x.shape[1], D_SAE, sparsity, y.shape[1], case.subtract, skip=skip)
     generator = torch.Generator().manual_seed(SEED)
-    sae.initialise(x.mean(0), generator)
+    sae.initialise(y.mean(0), generator, tied=not case.is_map)
     sae.W_dec.mul_(10)
     sae.b_enc.copy_(-0.2 * torch.rand(D_SAE, generator=generator))
+    if sae.W_skip is not None:
+        sae.W_skip.copy_(0.1 * torch.randn(sae.W_skip.shape, generator=generator))
     for name, tensor in sparsity.state_dict().items():
         drawn = torch.rand(tensor.shape, generator=generator)
         starts = {"threshold": 0.05, "log_threshold": -3.5, "b_mag": -0.1}
@@ -154,13 +221,17 @@ def make(kind: str, subtract: bool, x: Tensor) -> SparseAutoencoder:
     return sae
 
 
-def run_folder(run: Path, sae: SparseAutoencoder, settings: str) -> Path:
+def run_folder(run: Path, sae: SparseAutoencoder, case: Case) -> Path:
     """A run that holds just this SAE."""
-    facts = {"hookpoint": SITE, "model": "builtin:", "data": "builtin:"}
-    folder = run / "saes" / SITE
+    reads = READS if case.is_map else SITE
+    route = Route((Hookpoint.parse(reads),), (Hookpoint.parse(SITE),))
+    facts = {**route.origin(), "model": "builtin:", "data": "builtin:"}
+    folder = run / "saes" / str(route)
     sae.save_pretrained(folder, facts)
     write_manifest(folder, facts)
-    write_atomic(run / "config.yaml", f"hookpoints: [{SITE}]\n{settings}")
+    places = f"inputs: [{READS}]\ntargets: [{SITE}]" if case.is_map else f"hookpoints: [{SITE}]"
+    prefixes = PREFIXES if case.kind == "matryoshka" else ""
+    write_atomic(run / "config.yaml", f"{places}\n{prefixes}")
     return Run(run).sae()
 
 
@@ -198,15 +269,18 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 def table(rows: list[Row]) -> str:
-    """The table of docs/exchange.md."""
+    """The table of docs/exchange.md: encode / decode of both directions of a case in one row."""
     lines = [
-        "| package | kind | b_dec subtracted | direction | encode | decode | excluded | L0 |",
+        "| package, format | kind | shape | b_dec subtracted | ours → theirs | theirs → ours "
+        "| excluded | L0 |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
-        subtracted = "yes" if row.subtract else "no"
-        numbers = f"{row.encode:.0e} | {row.decode:.0e} | {row.excluded:.2%} | {row.l0:.0f}"
-        lines.append(f"| {row.package} | {row.kind} | {subtracted} | {row.direction} | {numbers} |")
+    for there, back in zip(rows[::2], rows[1::2], strict=True):
+        case, excluded = there.case, max(there.excluded, back.excluded)
+        names = f"{there.package}, {there.format} | {case.kind} | {case.shape}"
+        numbers = " | ".join(f"{row.encode:.0e} / {row.decode:.0e}" for row in (there, back))
+        subtracted = "yes" if case.subtract else "no"
+        lines.append(f"| {names} | {subtracted} | {numbers} | {excluded:.2%} | {there.l0:.0f} |")
     return "\n".join(lines)
 
 
