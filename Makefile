@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN = .venv/bin/python
 
-.PHONY: install install-browser quickstart test check format exchange faults faults-long
+.PHONY: install install-browser quickstart test check format exchange dashboards faults faults-long
 
 install: .venv/installed
 
@@ -30,6 +30,9 @@ test: install
 
 exchange: install
 	$(RUN) scripts/exchange.py
+
+dashboards: install
+	$(RUN) scripts/neuronpedia.py
 
 faults: install
 	PYTHONPATH=tests $(RUN) -m faults

@@ -5,6 +5,7 @@ tokens.safetensors the scanned text, once. Values are null where a thing does no
 """
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -164,8 +165,8 @@ class FeatureRecord:
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> "FeatureRecord":
-        """A row of the table, as pyarrow gives it, to a record."""
-        return cls(**{f.name: _typed(f.name, row[f.name]) for f in fields(cls)})
+        """A row of the table, as pyarrow gives it, to a record; None for columns not read."""
+        return cls(**{f.name: _typed(f.name, row.get(f.name)) for f in fields(cls)})
 
 
 @dataclass(frozen=True)
@@ -284,10 +285,15 @@ class FeatureDictionary:
         """The labels that the run holds for these features, as they are now."""
         return labels_of(self.folder)
 
-    def records(self, features: Iterable[int]) -> list[FeatureRecord]:
-        """The records of some features, in the order asked for; RunError out of range."""
+    def records(
+        self, features: Iterable[int], columns: Sequence[str] | None = None
+    ) -> list[FeatureRecord]:
+        """The records of some features, in the order asked for; RunError out of range.
+
+        With `columns`, `feature` among them, all others are None.
+        """
         wanted = check_features(list(features), len(self))
-        table = self._rows("features.parquet", wanted)
+        table = self._rows("features.parquet", wanted, columns)
         by_feature = {row["feature"]: FeatureRecord.from_row(row) for row in table.to_pylist()}
         if missing := set(wanted) - by_feature.keys():
             raise self._unsound(f"features.parquet has no row for feature {min(missing)}")
@@ -306,14 +312,22 @@ class FeatureDictionary:
 
     def n_rows(self) -> int:
         """The number of sequences that were scanned."""
-        return self._text.get_slice("tokens").get_shape()[0]
+        return self._shape[0]
+
+    def check_example(self, example: Example) -> None:
+        """Raise FormatError where one lies outside the scanned text, or is not of numbers."""
+        width = self._check_row(example.row)
+        columns = [*example.indices, example.column]
+        inside = 0 <= min(columns) <= max(columns) < width
+        if not inside or len(example.values) != len(example.indices):
+            raise self._unsound(f"an example of feature {example.feature} lies outside its text")
+        if not math.isfinite(sum(example.values)):
+            raise self._unsound(f"an activation of feature {example.feature} is not finite")
 
     def context(self, example: Example) -> Context:
         """The example's whole sequence."""
+        self.check_example(example)
         pieces = self._row_pieces(example.row)
-        columns, n = [*example.indices, example.column], len(pieces)
-        if len(example.values) != len(columns) - 1 or not all(0 <= c < n for c in columns):
-            raise self._unsound(f"an example of feature {example.feature} lies outside its text")
         acts = [0.0] * len(pieces)
         for index, value in zip(example.indices, example.values, strict=True):
             acts[index] = value
@@ -343,21 +357,37 @@ class FeatureDictionary:
         features = sorted(live["feature"].to_pylist())
         return sorted(Random(seed).sample(features, min(n, len(features))))
 
-    def _rows(self, name: str, features: list[int]) -> pa.Table:
-        wanted = pc.field("feature").isin(features)
+    def _rows(
+        self, name: str, features: list[int], columns: Sequence[str] | None = None
+    ) -> pa.Table:
+        number = pc.field("feature")
+        wanted = number.isin(features)
+        if features:  # a range lets whole row groups be passed over
+            wanted &= (number >= min(features)) & (number <= max(features))
         with _reading(self.folder / name) as file:
-            table = pq.read_table(file, filters=wanted)
+            table = pq.read_table(file, columns=columns and list(columns), filters=wanted)
         return with_labels(table, self.labels()) if "label" in table.column_names else table
 
     @cached_property
     def _text(self) -> Any:
         return safe_open(self.folder / TOKENS, framework="numpy")
 
-    def _row_pieces(self, row: int) -> list[str]:
-        """The text of each token of a row: piece i is bytes offsets[i] to offsets[i + 1]."""
+    @cached_property
+    def _shape(self) -> tuple[int, int]:
+        """Sequences that were scanned, and tokens in each."""
         height, width = self._text.get_slice("tokens").get_shape()
+        return height, width
+
+    def _check_row(self, row: int) -> int:
+        """The number of tokens in a row; FormatError where there is no such row."""
+        height, width = self._shape
         if not 0 <= row < height:
             raise self._unsound(f"there is no row {row} in {TOKENS}")
+        return width
+
+    def _row_pieces(self, row: int) -> list[str]:
+        """The text of each token of a row: piece i is bytes offsets[i] to offsets[i + 1]."""
+        width = self._check_row(row)
         offsets = self._text.get_slice("piece_offsets")[row * width : (row + 1) * width + 1]
         cuts = [int(offset) for offset in offsets]
         (size,) = self._text.get_slice("piece_bytes").get_shape()

@@ -9,6 +9,8 @@ the mark. Its histogram of activations starts at the smallest, ours at 0.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +22,7 @@ from sae import hooks
 from sae.autoencoder import SparseAutoencoder
 from sae.formats import foreign, neuronpedia_bulk
 from sae.formats.foreign import Notes
-from sae.formats.neuronpedia_bulk import Source
+from sae.formats.neuronpedia_bulk import Shown, Source, in_list, spliced, to_bytes, to_json
 from sae.formats.tables import provenance
 from sae.hooks import Hookpoint
 from sae.language_model import LanguageModel
@@ -33,6 +35,11 @@ BATCH = 128
 TOP, LISTED, NEIGHBOURS, BINS = 20, 10, 3, 50
 PLACES = 5
 """Decimals of every number."""
+COLUMNS = ("feature", "n_fired", "max", "histogram", "cofiring", "correlated_neurons")
+"""Of the dictionary, that are looked at."""
+TEXTS = 1 << 14
+"""Sequences whose text is kept at hand, 1 kB each."""
+_BARS = ("logits_hist_data_bar_heights", "logits_hist_data_bar_values")
 
 
 def write(sae_folder: Path, out: Path, features: list[int] | None = None) -> Notes:
@@ -60,14 +67,20 @@ def write(sae_folder: Path, out: Path, features: list[int] | None = None) -> Not
         bulk = neuronpedia_bulk.Writer(staging / "exports", source)
         for number, start in enumerate(range(0, len(chosen), BATCH)):
             part = chosen[start : start + BATCH]
-            made = maker.features(part)
-            batch = neuronpedia_bulk.to_json({**source.head(), "features": made})
-            write_atomic(staging / f"batch-{number}.json", batch)
-            bulk.add(number, made, maker.directions[part])
+            records = dictionary.records(part, COLUMNS)
+            made, shown = maker.features(records), maker.shown(records)
+            batch = spliced(source.head(), features=in_list(map(_dashboard, made, shown)))
+            write_atomic(staging / f"batch-{number}.json", to_bytes(batch))
+            bulk.add(number, made, shown, maker.directions[part])
         write_json(staging / "run_settings.json", source.settings(BATCH))
         write_json(staging / "skipped_indexes.json", source.skipped(every, chosen))
         write_json(staging / foreign.PROVENANCE, facts)
     return [] if logits else [f"{point}: no matrix leads from it to the logits; they are empty"]
+
+
+def _dashboard(made: dict[str, Any], shown: list[Shown]) -> str:
+    """A feature as SAEDashboard's batches have it, as JSON."""
+    return spliced(made, activations=in_list(own.dashboard() for own in shown))
 
 
 class _Logits(NamedTuple):
@@ -109,22 +122,19 @@ class _Maker:
     directions: Float[Tensor, "d_sae d_out"] = field(init=False)
     """The decoder rows at norm 1."""
     norms: list[float] = field(init=False)
-    _texts: dict[int, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         W_dec = self.sae.W_dec.detach().float()
         norms = torch.linalg.vector_norm(W_dec, dim=-1)
         self.directions = W_dec / norms.clamp_min(1e-12)[:, None]
         self.norms = norms.tolist()
+        self._text = lru_cache(TEXTS)(self._text_of)
 
     @torch.no_grad()
-    def features(self, chosen: list[int]) -> list[dict[str, Any]]:
-        """One object for each."""
-        examples: dict[int, list[Example]] = {feature: [] for feature in chosen}
-        for example in self.dictionary.examples(chosen):
-            examples[example.feature].append(example)
-        self._texts.clear()
-        rows = zip(self.dictionary.records(chosen), self._of_weights(chosen), strict=True)
+    def features(self, records: list[FeatureRecord]) -> list[dict[str, Any]]:
+        """All but the activations of each."""
+        chosen = [record.feature for record in records]
+        rows = zip(records, self._of_weights(chosen), strict=True)
         return [
             {
                 "feature_index": record.feature,
@@ -134,41 +144,47 @@ class _Maker:
                 **self.source.prompts(),
                 "decoder_weights_dist": [],
                 "vector": [],
-                "activations": list(self._activations(record, examples[record.feature])),
             }
             for record, weights in rows
         ]
+
+    def shown(self, records: list[FeatureRecord]) -> list[list[Shown]]:
+        """The sequences of each."""
+        examples: dict[int, list[Example]] = {record.feature: [] for record in records}
+        for example in self.dictionary.examples(examples):
+            examples[example.feature].append(example)
+        return [list(self._shown(record, examples[record.feature])) for record in records]
 
     def _of_weights(self, chosen: list[int]) -> Iterator[dict[str, Any]]:
         """Logits, and the neurons a decoder row points to."""
         directions = self.directions[chosen]
         values, neurons = directions.topk(min(NEIGHBOURS, directions.shape[1]), dim=1)
         shares = values.abs() / directions.abs().sum(1, keepdim=True).clamp_min(1e-12)
-        logits = None if self.logits is None else self.logits.of(directions)
+        of_logits = self._of_logits(directions)
         for i in range(len(chosen)):
             yield {
                 "neuron_alignment_indices": neurons[i].tolist(),
                 "neuron_alignment_values": _rounded(values[i].tolist()),
                 "neuron_alignment_l1": _rounded(shares[i].tolist()),
-                **self._of_logits(None if logits is None else logits[i]),
+                **next(of_logits),
             }
 
-    def _of_logits(self, logits: Float[Tensor, " vocab"] | None) -> dict[str, Any]:
+    def _of_logits(self, directions: Float[Tensor, "n d_out"]) -> Iterator[dict[str, Any]]:
         """Tables of the tokens raised and lowered most, and a histogram over the vocabulary."""
-        found: dict[str, Any] = {}
-        for name, largest in (("pos", True), ("neg", False)):
-            found |= {f"{name}_str": [], f"{name}_values": []}
-            if logits is not None and self.logits is not None:
-                values, ids = logits.topk(min(LISTED, len(logits)), largest=largest)
-                texts = [self.logits.pieces.piece(i) for i in ids.tolist()]
-                found |= {f"{name}_str": texts, f"{name}_values": _rounded(values.tolist())}
-        names = ("logits_hist_data_bar_heights", "logits_hist_data_bar_values")
-        if logits is None or not logits.max() > logits.min():
-            return found | {name: [] for name in names}
-        edges = torch.linspace(logits.min().item(), logits.max().item(), BINS + 1)
-        middles = (edges[:-1] + edges[1:]) / 2
-        bars = (torch.histc(logits, BINS).tolist(), _rounded(middles.tolist()))
-        return found | dict(zip(names, bars, strict=True))
+        if self.logits is None:
+            names = ("pos_str", "pos_values", "neg_str", "neg_values", *_BARS)
+            yield from ({name: [] for name in names} for _ in directions)
+            return
+        logits, piece = self.logits.of(directions), self.logits.pieces.piece
+        listed = min(LISTED, logits.shape[1])
+        ends = [logits.topk(listed, dim=1, largest=largest) for largest in (True, False)]
+        tables = [(end.values.tolist(), end.indices.tolist()) for end in ends]
+        for i, own in enumerate(logits):
+            found: dict[str, Any] = {}
+            for name, (values, ids) in zip(("pos", "neg"), tables, strict=True):
+                found[f"{name}_str"] = [piece(token) for token in ids[i]]
+                found[f"{name}_values"] = _rounded(values[i])
+            yield found | _histogram(own)
 
     def _counts(self, record: FeatureRecord) -> dict[str, Any]:
         """The share of all tokens it fires on, special ones counted too, and its histogram."""
@@ -180,14 +196,12 @@ class _Maker:
             "freq_hist_data_bar_heights": [float(count) for count in histogram.counts],
         }
 
-    def _activations(
-        self, record: FeatureRecord, examples: list[Example]
-    ) -> Iterator[dict[str, Any]]:
+    def _shown(self, record: FeatureRecord, examples: list[Example]) -> Iterator[Shown]:
         """The 20 strongest tokens, then examples of five equal parts of (0, max]."""
         norm = self.norms[record.feature]
         top = {"bin_min": -1, "bin_max": round(record.max * norm, PLACES), "bin_contains": -1}
         for example, column in _strongest([e for e in examples if e.kind == "top"]):
-            yield top | self._sequence(example, column)
+            yield self._sequence(example, column, top)
         zeros = self.source.tokens - record.n_fired
         shares = {}
         for low, high, count in record.intervals:
@@ -199,17 +213,36 @@ class _Maker:
             }
         for example in examples:
             if example.kind == "interval":
-                yield shares[example.high] | self._sequence(example, example.column)
+                yield self._sequence(example, example.column, shares[example.high])
 
-    def _sequence(self, example: Example, column: int) -> dict[str, Any]:
+    def _sequence(self, example: Example, column: int, interval: dict[str, float]) -> Shown:
         """The whole sequence but its first token, as SAEDashboard has it."""
-        if example.row not in self._texts:
-            self._texts[example.row] = self.dictionary.context(example).pieces
-        texts = self._texts[example.row]
-        values, norm = [0.0] * len(texts), self.norms[example.feature]
-        for index, value in zip(example.indices, example.values, strict=True):
-            values[index] = round(value * norm, PLACES)
-        return {"tokens": texts[1:], "values": values[1:], "qualifying_token_index": column - 1}
+        self.dictionary.check_example(example)
+        texts, n = self._text(example.row), self.source.width - 1
+        n, norm = self.source.width - 1, self.norms[example.feature]
+        pairs = zip(example.indices, example.values, strict=True)
+        fired = [(index - 1, round(value * norm, PLACES)) for index, value in pairs if index]
+        values = ["0.0"] * n
+        for index, value in fired:
+            values[index] = repr(value)
+        best = max(fired, key=itemgetter(1), default=(0, 0.0))
+        least = min(fired, key=itemgetter(1))[1] if len(fired) == n > 0 else 0.0
+        return Shown(interval, texts, in_list(values), column - 1, best, least)
+
+    def _text_of(self, row: int) -> str:
+        """The tokens of a sequence but the first, as JSON."""
+        return to_json(self.dictionary.row(row)[1][1:])
+
+
+def _histogram(logits: Float[Tensor, " vocab"]) -> dict[str, Any]:
+    """Counts in equal bins between the least and the largest, and the bins' middles."""
+    low, high = logits.min().item(), logits.max().item()
+    if not high > low:
+        return {name: [] for name in _BARS}
+    edges = torch.linspace(low, high, BINS + 1)
+    middles = (edges[:-1] + edges[1:]) / 2
+    bars = (torch.histc(logits, BINS).tolist(), _rounded(middles.tolist()))
+    return dict(zip(_BARS, bars, strict=True))
 
 
 def _strongest(examples: list[Example]) -> list[tuple[Example, int]]:

@@ -101,6 +101,26 @@ class Source(NamedTuple):
         }
 
 
+class Shown(NamedTuple):
+    """A sequence in which a feature fires. Its text and activations are JSON already, as the same
+    text is shown for many features, and one after another would take most of the time."""
+
+    interval: dict[str, float]
+    """bin_min, bin_max and bin_contains."""
+    tokens: str
+    values: str
+    mark: int
+    """The place of the token that is shown for."""
+    best: tuple[int, float]
+    """The first place of the largest activation, and that."""
+    least: float
+
+    def dashboard(self) -> str:
+        """As SAEDashboard's batches have it, as JSON."""
+        facts = {**self.interval, "qualifying_token_index": self.mark}
+        return spliced(facts, tokens=self.tokens, values=self.values)
+
+
 class Writer:
     """Writes the folder of a source under `exports`, a batch of features at a time."""
 
@@ -110,19 +130,25 @@ class Writer:
         for name in ("features", "activations"):
             (self.folder / name).mkdir(parents=True)
         for name, row in self._heads().items():
-            write_atomic(self.folder / f"{name}.jsonl", _lines([row]))
+            write_atomic(self.folder / f"{name}.jsonl", _lines([to_json(row)]))
 
     def add(
-        self, number: int, features: list[dict[str, Any]], directions: Float[Tensor, "n d_out"]
+        self,
+        number: int,
+        features: list[dict[str, Any]],
+        shown: list[list[Shown]],
+        directions: Float[Tensor, "n d_out"],
     ) -> None:
-        """The files of a batch: features as SAEDashboard's batches have them, and unit vectors."""
-        rows = [self._feature(*pair) for pair in zip(features, directions.tolist(), strict=True)]
-        shown = (
-            self._activation(feature["feature_index"], i, activation)
-            for feature in features
-            for i, activation in enumerate(feature["activations"])
-        )
-        for name, lines in (("features", rows), ("activations", shown)):
+        """The files of a batch: features as SAEDashboard's batches have them, the sequences of
+        each, and unit vectors."""
+        vectors = directions.double().numpy().round(6).tolist()
+        rows = [self._feature(*own) for own in zip(features, shown, vectors, strict=True)]
+        sequences = [
+            self._activation(feature["feature_index"], i, sequence)
+            for feature, own in zip(features, shown, strict=True)
+            for i, sequence in enumerate(own)
+        ]
+        for name, lines in (("features", rows), ("activations", sequences)):
             packed = gzip.compress(_lines(lines), compresslevel=5, mtime=0)
             write_atomic(self.folder / name / f"batch-{number}.jsonl.gz", packed)
 
@@ -171,61 +197,76 @@ class Writer:
             },
         }
 
-    def _feature(self, made: dict[str, Any], direction: list[float]) -> dict[str, Any]:
-        own = ("feature_index", "activations", "vector", "dataset")
+    def _feature(self, made: dict[str, Any], shown: list[Shown], vector: list[float]) -> str:
+        own = ("feature_index", "vector", "dataset")
         kept = {k: v for k, v in made.items() if k not in own and not k.startswith("n_")}
-        strongest = [a["bin_max"] for a in made["activations"][:1]]
-        return {
-            "modelId": self.source.model,
-            "layer": self.source.id,
-            "index": str(made["feature_index"]),
-            "creatorId": CREATOR,
-            "createdAt": self.when,
-            "sourceSetName": self.source.set,
-            "maxActApprox": strongest[0] if strongest else 0,
-            "hasVector": True,
-            "vector": [round(value, 6) for value in direction],
-            "vectorDefaultSteerStrength": STEER,
-            "hookName": self.source.hook,
-            "topkCosSimIndices": [],
-            "topkCosSimValues": [],
-            **kept,
-        }
+        return to_json(
+            {
+                "modelId": self.source.model,
+                "layer": self.source.id,
+                "index": str(made["feature_index"]),
+                "creatorId": CREATOR,
+                "createdAt": self.when,
+                "sourceSetName": self.source.set,
+                "maxActApprox": shown[0].interval["bin_max"] if shown else 0,
+                "hasVector": True,
+                "vector": vector,
+                "vectorDefaultSteerStrength": STEER,
+                "hookName": self.source.hook,
+                "topkCosSimIndices": [],
+                "topkCosSimValues": [],
+                **kept,
+            }
+        )
 
-    def _activation(self, feature: int, number: int, shown: dict[str, Any]) -> dict[str, Any]:
-        values = shown["values"]
-        best = max(range(len(values)), key=values.__getitem__, default=0)
+    def _activation(self, feature: int, number: int, shown: Shown) -> str:
         name = f"{self.source.model}/{self.source.id}/{feature}/{number}"
-        return {
+        facts = {
             "id": "c" + hashlib.sha256(name.encode()).hexdigest()[:_DIGITS],
-            "tokens": shown["tokens"],
             "index": str(feature),
             "layer": self.source.id,
             "modelId": self.source.model,
-            "maxValue": values[best] if values else 0,
-            "maxValueTokenIndex": best,
-            "minValue": min(values, default=0),
-            "values": values,
+            "maxValue": shown.best[1],
+            "maxValueTokenIndex": shown.best[0],
+            "minValue": shown.least,
             "creatorId": CREATOR,
             "createdAt": self.when,
             "dfaValues": [],
             "dfaTargetIndex": None,
             "dfaMaxValue": None,
             "lossValues": [],
-            "binMin": shown["bin_min"],
-            "binMax": shown["bin_max"],
-            "binContains": shown["bin_contains"],
-            "qualifyingTokenIndex": shown["qualifying_token_index"],
+            "binMin": shown.interval["bin_min"],
+            "binMax": shown.interval["bin_max"],
+            "binContains": shown.interval["bin_contains"],
+            "qualifyingTokenIndex": shown.mark,
             "zIndices": None,
             "zValues": None,
         }
+        return spliced(facts, tokens=shown.tokens, values=shown.values)
 
 
-def to_json(value: object) -> bytes:
-    """JSON in as few bytes as it takes; ValueError on numbers that JSON does not have."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def to_json(value: object) -> str:
+    """JSON in as few characters as it takes; ValueError on numbers that JSON does not have."""
+    return _ENCODER.encode(value)
+
+
+def spliced(facts: Mapping[str, Any], **parts: str) -> str:
+    """JSON of an object with these facts, at least one, and with parts that are JSON already."""
+    return to_json(facts)[:-1] + "".join(f',"{name}":{part}' for name, part in parts.items()) + "}"
+
+
+def in_list(parts: Iterable[str]) -> str:
+    """JSON of a list of what is JSON already."""
+    return f"[{','.join(parts)}]"
+
+
+def to_bytes(text: str) -> bytes:
+    """UTF-8, with ? for half a character."""
     return text.encode("utf-8", "replace")
 
 
-def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    return b"".join(to_json(row) + b"\n" for row in rows)
+def _lines(rows: Iterable[str]) -> bytes:
+    return to_bytes("".join(f"{row}\n" for row in rows))
