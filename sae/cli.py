@@ -540,12 +540,16 @@ def _export_pages(folders: list[Path], out: str, given: dict[str, object]) -> No
     print(f"next: {how_to_open('html', out)}")
 
 
-@_verb("import", "read an SAE that another tool trained, as a run")
+@_verb("import", "read an SAE that another tool trained, as a run, or labels for one")
 def import_(args: list[str]) -> None:
     """sae import."""
     from sae import config, formats
 
     parser = Parser("import", "SOURCE --output RUN [--format NAME] [--model.name …]")
+    parser.add_argument(
+        "--labels", metavar="RUN", help="SOURCE is Neuronpedia's explanations: labels for this run"
+    )
+    parser.add_argument("--sae", metavar="NAME", help="whose labels, where RUN holds several SAEs")
     parser.add_argument(
         "source", metavar="SOURCE", help="of another tool: a file, a folder or a Hub name"
     )
@@ -566,6 +570,11 @@ def import_(args: list[str]) -> None:
                 help=flag.help.replace("%", "%%"),
             )
     given = parser.read(args)
+    if "labels" in given:
+        _import_labels(given)
+        return
+    if "sae" in given:
+        raise ConfigError("--sae goes with --labels RUN; leave it out")
     source, name = str(given.pop("source")), given.pop("format", None)
     trusted = bool(given.pop("allow_pickle_file", False))
     revision = _text(given, "revision")
@@ -581,6 +590,18 @@ def import_(args: list[str]) -> None:
     print(f"written {found.folder}")
     run = shlex.quote(str(found.folder))
     print(f"next: sae evaluate {run}; sae features {run}; sae top {_one_sae(found.folder)}")
+
+
+def _import_labels(given: dict[str, object]) -> None:
+    if others := given.keys() - {"labels", "sae", "source"}:
+        raise ConfigError(f"--labels takes SOURCE and --sae alone; leave out --{min(others)}")
+    from sae.importing import import_labels
+
+    run, name = str(given["labels"]), _text(given, "sae")
+    for line in import_labels(run, str(given["source"]), name):
+        print(visible(line))
+    print(f"written {Path(run) / 'labels.json'}")
+    print(f"next: sae top {_one_sae(Path(run), name)} --search WORD")
 
 
 @_verb("push", "publish a run on the Hugging Face Hub")

@@ -1,5 +1,6 @@
 """An autoencoder that another tool trained, as a run of ours: evaluate, features, top and export
-work on it. Its manifest says where it came from, and what reading changed.
+work on it. Its manifest says where it came from, and what reading changed. And labels for the
+features of a run.
 """
 
 from collections.abc import Mapping
@@ -9,14 +10,16 @@ from typing import Any, NamedTuple
 import torch
 
 from sae import config as settings
-from sae import fingerprint, formats, hub
-from sae.autoencoder import SparseAutoencoder
+from sae import fingerprint, formats, hub, labels
+from sae.autoencoder import SparseAutoencoder, read_config
 from sae.config import TrainConfig
 from sae.errors import FormatError, HookpointError, RunError
+from sae.formats import explanations
 from sae.formats.foreign import Foreign
 from sae.hooks import Hookpoint
+from sae.records import check_features
 from sae.routes import Route
-from sae.store import covered_files, folder_name, sha256, staged, write_atomic
+from sae.store import WEIGHTS, Run, covered_files, folder_name, sha256, staged, write_atomic
 
 FETCHED = ("*.safetensors", "*.json", "*.yaml", "*.npz", "*.pt")
 
@@ -65,6 +68,24 @@ def import_run(
         for route, foreign in zip(routes, found, strict=True):
             _write(folder / "saes" / folder_name(str(route)), route, foreign, config, origin)
     return Imported(run, name, notes)
+
+
+def import_labels(run: str | Path, source: str | Path, sae: str | None = None) -> list[str]:
+    """Give features of a run's SAE the labels of Neuronpedia's explanation files, a person's kept.
+
+    Returns what to say of it. Raises RunError for a feature that the SAE does not have, before
+    any label is given, and where there is no such file; FormatError for files of another kind.
+    """
+    if not Path(source).exists():
+        raise RunError(f"{source}: no such file or folder; give Neuronpedia's explanations")
+    folder = Run(run).sae(sae)
+    found = explanations.read(Path(source))
+    check_features([*found.labels], read_config(folder)["d_sae"])
+    kept = labels.add(Path(run), sha256(folder / WEIGHTS), found.labels)
+    makers = {label.by for label in found.labels.values()}
+    said = f"{len(found.labels) - len(kept):,} labels of {found.source} by {', '.join(makers)}"
+    persons = [f"{len(kept):,} features keep the label that a person gave"] * bool(kept)
+    return [said, *persons, *found.notes]
 
 
 def _found(source: str, revision: str | None) -> Path:

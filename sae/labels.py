@@ -4,6 +4,7 @@
 again, and the features are others.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,19 +45,41 @@ def read(run: Path, sae_sha256: str) -> dict[int, Label]:
 
 def write(run: Path, sae_sha256: str, feature: int, label: Label | None) -> None:
     """Give a feature a label, or take it away; RunError for one that is too long."""
-    if label is not None and not 0 < len(label.text.strip()) <= LONGEST:
-        raise RunError(f"a label has 1 to {LONGEST} characters; {len(label.text.strip())} came")
+    _change(run, sae_sha256, {feature: label})
+
+
+def add(run: Path, sae_sha256: str, given: Mapping[int, Label]) -> list[int]:
+    """Give features labels, but for those that a person has labelled, which are returned."""
+    own = read(run, sae_sha256)
+    kept = [feature for feature in given if feature in own and own[feature].by == PERSON]
+    _change(run, sae_sha256, {f: label for f, label in given.items() if f not in kept})
+    return kept
+
+
+def _change(run: Path, sae_sha256: str, given: Mapping[int, Label | None]) -> None:
+    sound = {feature: label and _stored(label) for feature, label in given.items()}
     try:
         with filelock.FileLock(run / ".labels.lock", timeout=10):
             labels = _load(run / FILE)
             own = labels.setdefault(sae_sha256, {})
-            own.pop(str(feature), None)
-            if label is not None:
-                text = label.text.strip().encode(errors="replace").decode()
-                own[str(feature)] = asdict(Label(text, label.by))
+            for feature, label in sound.items():
+                own.pop(str(feature), None)
+                if label is not None:
+                    own[str(feature)] = label
             write_json(run / FILE, labels)
     except filelock.Timeout:
         raise RunError(f"{run / FILE} is being written by another process; try again") from None
+
+
+def _stored(label: Label) -> dict[str, str]:
+    """What the file holds of a label; half a character becomes ?."""
+    text = label.text.strip()
+    if not 0 < len(text) <= LONGEST:
+        raise RunError(f"a label has 1 to {LONGEST} characters; {len(text)} came")
+    return {
+        name: part.encode(errors="replace").decode()
+        for name, part in asdict(Label(text, label.by)).items()
+    }
 
 
 def _load(file: Path) -> dict[str, dict[str, Any]]:

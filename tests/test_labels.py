@@ -47,6 +47,14 @@ def test_the_dictionary_and_its_exports_have_the_labels(run: Path, tmp_path: Pat
     assert {row["feature"]: row["label"] for row in rows if row["label"]} == {3: "cats"}
 
 
+def test_what_a_person_says_stays(run: Path) -> None:
+    labels.write(run, "a", 3, Label("cats"))
+    labels.write(run, "a", 4, Label("dogs", "a machine"))
+    given = {n: Label(f"number {n}", "another machine") for n in (3, 4, 5)}
+    assert labels.add(run, "a", given) == [3]
+    assert labels.read(run, "a") == {3: Label("cats"), 4: given[4], 5: given[5]}
+
+
 def test_half_a_character_is_replaced(run: Path) -> None:
     labels.write(run, "a", 3, Label("\ud800 half"))
     assert labels.read(run, "a") == {3: Label("? half")}
