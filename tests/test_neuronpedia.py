@@ -20,6 +20,7 @@ from sae.errors import FormatError, ModelError, RunError
 from sae.features import scan
 from sae.formats import neuronpedia
 from sae.hooks import Hookpoint
+from sae.routes import Route
 from sae.sparsity import ReluL1
 from sae.store import write_atomic, write_manifest
 from sae.text import TokenPieces
@@ -179,6 +180,40 @@ def test_some_features_in_batches(
     assert batches[0]["features"][0] == features[7]
     skipped = json.loads((tmp_path / "out" / "skipped_indexes.json").read_text())
     assert set(skipped["skipped_indexes"]) == set(range(D_SAE)) - {7, 3, 20}
+
+
+SIDES = [["layers.1.mlp_in"], ["layers.1.mlp_out"]]
+LAYERS = ["layers.0.mlp_out", "layers.1.mlp_out"]
+
+
+def scanned(made: Planted, inputs: list[str], targets: list[str]) -> Path:
+    """The folder of a map of random weights with its dictionary."""
+    route = Route(*(tuple(map(Hookpoint.parse, side)) for side in (inputs, targets)))
+    folder = made.folder.parent / str(route)
+    SparseAutoencoder(16 * len(inputs), 4, ReluL1(1.0), 16 * len(targets), False).save_pretrained(
+        folder, route.origin()
+    )
+    write_manifest(folder)
+    scan(made.model, made.tokenizer, {str(route): folder}, [made.rows], 99, source={"model": "t"})
+    return folder
+
+
+def test_a_transcoder_belongs_to_the_layer_it_reads(made: Planted, tmp_path: Path) -> None:
+    """Its logits are those of what it writes; a crosscoder has no place there, nor at delphi."""
+    folder = scanned(made, *SIDES)
+    assert formats.write("neuronpedia", folder, tmp_path / "out") == []
+    assert (tmp_path / "out" / "exports" / "t" / "1-mlp-in-to-mlp-out-relul1-4").is_dir()
+    batch = json.loads((tmp_path / "out" / "batch-0.json").read_text())
+    W_dec = SparseAutoencoder.from_pretrained(folder).W_dec.detach()
+    logits = W_dec / W_dec.norm(dim=1, keepdim=True) @ made.model.lm_head.weight.T
+    for feature, own in zip(batch["features"], logits, strict=True):
+        best = own.topk(10).values
+        torch.testing.assert_close(torch.tensor(feature["pos_values"]), best, **CLOSE)
+    assert any("in our words" in note for note in formats.write("delphi", folder, tmp_path / "d"))
+    several = scanned(made, LAYERS, LAYERS)
+    for name in ("neuronpedia", "delphi"):
+        with pytest.raises(FormatError, match=f"--format {name} cannot hold several hookpoints"):
+            formats.write(name, several, tmp_path / "other")
 
 
 def test_mistakes(made: Planted, tmp_path: Path) -> None:

@@ -140,6 +140,21 @@ def settings_of_run(sae_folder: Path, features: list[int] | None = None) -> dict
     )
 
 
+def ends_of(
+    name: str, sae_folder: Path, manifest: Mapping[str, Any]
+) -> tuple[Hookpoint, Hookpoint]:
+    """The hookpoint that an SAE with a dictionary reads, and the one that it rebuilds.
+
+    Raises FormatError for several side by side, which the format `name` has no place for.
+    """
+    origin = read_config(sae_folder).get("metadata") or {}
+    route = Route.parse(str(manifest["hookpoint"]), origin)
+    if len(route.inputs) + len(route.targets) > 2:
+        what = f"several hookpoints side by side ({route})"
+        raise refuse(name, what, "use --format parquet")
+    return route.inputs[0], route.targets[0]
+
+
 def model_of(sae_folder: Path, name: str, point: Hookpoint, width: int) -> LanguageModel:
     """The language model, as the run's settings name it; ModelError where it is another."""
     try:

@@ -45,19 +45,22 @@ _BARS = ("logits_hist_data_bar_heights", "logits_hist_data_bar_values")
 def write(sae_folder: Path, out: Path, features: list[int] | None = None) -> Notes:
     """Write the batches and the files of the bulk import to the new folder `out`.
 
-    Loads the language model for the logits. Raises RunError without a feature dictionary,
-    FormatError for a hookpoint that belongs to no layer, ModelError without the model.
+    A transcoder belongs to the layer it reads. Loads the language model for the logits. Raises
+    RunError without a feature dictionary, FormatError for several hookpoints side by side, or one
+    that belongs to no layer, ModelError without the model.
     """
     folder = features_folder(sae_folder)
     dictionary, manifest = FeatureDictionary(folder), read_manifest(folder)
     every = list(range(len(dictionary)))
     chosen = every if features is None else check_features(features, len(every))
-    point = Hookpoint.parse(str(manifest["hookpoint"]))
-    if point.layer is None:
-        raise foreign.refuse("neuronpedia", f"{point}, which has no layer", "use --format parquet")
+    read, point = foreign.ends_of("neuronpedia", sae_folder, manifest)
+    for end in (read, point):
+        if end.layer is None:
+            what = f"{end}, which has no layer"
+            raise foreign.refuse("neuronpedia", what, "use --format parquet")
     sae = SparseAutoencoder.from_pretrained(sae_folder)
     sequences, width = read_header(folder / TOKENS)["tokens"].shape
-    source = Source.of(point, sae.sparsity.kind, manifest, (sequences, width))
+    source = Source.of(read, point, sae.sparsity.kind, manifest, (sequences, width))
     facts = provenance(manifest, features)
     with staged(out, extra=facts) as staging:
         logits = _logits(

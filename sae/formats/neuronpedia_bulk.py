@@ -40,17 +40,24 @@ class Source(NamedTuple):
 
     @classmethod
     def of(
-        cls, point: Hookpoint, kind: str, manifest: Mapping[str, Any], shape: tuple[int, int]
+        cls,
+        read: Hookpoint,
+        rebuilt: Hookpoint,
+        kind: str,
+        manifest: Mapping[str, Any],
+        shape: tuple[int, int],
     ) -> "Source":
-        """The source of a feature dictionary, by its manifest and the shape of its tokens."""
+        """The source of a feature dictionary, by what its SAE reads and rebuilds, its manifest and
+        the shape of its tokens."""
         name = str(manifest["model"]).rstrip("/").rpartition("/")[2]
         model = re.sub(r"[^\w.-]+", "-", name).strip("-") or "model"
+        site = read.site if read == rebuilt else f"{read.site}-to-{rebuilt.site}"
         kind_and_width = f"{kind}-{manifest['d_sae']}".replace("_", "")
         return cls(
             model,
-            point.layer or 0,
-            f"{point.site}-{kind_and_width}".replace("_", "-"),
-            hookpoints.to_transformer_lens(point).name,
+            read.layer or 0,
+            f"{site}-{kind_and_width}".replace("_", "-"),
+            hookpoints.to_transformer_lens(read).name,
             str(manifest.get("data") or ""),
             *shape,
         )
