@@ -30,6 +30,7 @@ test: install
 
 exchange: install
 	$(RUN) scripts/exchange.py
+	$(RUN) scripts/other_tools.py
 
 dashboards: install
 	$(RUN) scripts/neuronpedia.py
