@@ -19,7 +19,7 @@ from test_torch_file import Canary
 
 from sae import formats
 from sae.autoencoder import DTYPES, SparseAutoencoder
-from sae.errors import FormatError, RunError
+from sae.errors import FormatError, RunError, SAEError
 from sae.formats import npz, torch_file
 from sae.formats.foreign import Foreign
 from sae.sparsity import BatchTopK, Gated, JumpRelu, ReluL1, Sparsity, TopK
@@ -704,17 +704,26 @@ SHAPES = [[], [3], [D_SAE, 2], [0]]
 
 
 @pytest.mark.parametrize("variant", ["jumprelu", "gated", "batchtopk", "topk"])
-@pytest.mark.parametrize("name", ["saelens", "openmoss", "gemma_scope_2"])
+@pytest.mark.parametrize(
+    "name", ["safetensors", "saelens", "sparsify", "openmoss", "gemma_scope", "gemma_scope_2"]
+)
 def test_tensors_of_another_shape(tmp_path: Path, name: str, variant: str) -> None:
     """One tensor at a time, of fewer or more dimensions, or of whole numbers."""
     if variant not in HOLDS[name]:
         return
     exported(name, variant, tmp_path)
-    (file,) = (tmp_path / "out").glob("*.safetensors")
-    whole = load_file(file)
+    (tmp_path / "out" / "manifest.json").unlink()  # which would tell of any change
+    if name == "gemma_scope":
+        file, read, write = tmp_path / "out" / "params.npz", npz.read, npz.write
+    else:
+        (file,) = (tmp_path / "out").rglob("*[!t].safetensors")
+        read, write = load_file, lambda file, tensors: save_file(tensors, file)
+    whole = read(file)
     for tensor in whole:
         for shape in SHAPES:
-            save_file({**whole, tensor: torch.ones(shape)}, file)
+            if list(whole[tensor].shape) == shape:
+                continue
+            write(file, {**whole, tensor: torch.ones(shape)})
             with pytest.raises(FormatError) as caught:
                 formats.read(tmp_path / "out", name)
             assert len(str(caught.value).splitlines()) <= 3
@@ -731,6 +740,50 @@ def test_pickled_tensors_of_another_shape(tmp_path: Path, variant: str) -> None:
         with pytest.raises(FormatError) as caught:
             formats.read(tmp_path / "out", trusted=True)
         assert len(str(caught.value).splitlines()) <= 3
+
+
+HOSTILE: list[Any] = [None, -1, 10**30, 1.5, "\u202ex" * 500, [], {}, [[]], {"a": {}}, True]
+
+
+@pytest.mark.parametrize(("name", "variant"), DAMAGED)
+@pytest.mark.usefixtures("in_this_process")
+def test_settings_of_another_kind(tmp_path: Path, name: str, variant: str) -> None:
+    """Whatever stands in a JSON file of an export: it is read, or refused in three short lines."""
+    exported(name, variant, tmp_path)
+    for file in (tmp_path / "out").rglob("*.json"):
+        whole = json.loads(file.read_text())
+        for key in whole:
+            for value in HOSTILE:
+                file.write_text(json.dumps(whole | {key: value}))
+                read_or_refuse(tmp_path / "out", name)
+        file.write_text(json.dumps(whole))
+
+
+def read_or_refuse(out: Path, name: str) -> None:
+    """Read an export; an error has three lines at most, and nothing but ours is raised."""
+    try:
+        formats.read(out, name, trusted=True)
+    except SAEError as error:
+        assert len(str(error).splitlines()) <= 3
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"), [pair for pair in DAMAGED if pair[0] not in formats.UNSAFE]
+)
+def test_flipped_bytes(tmp_path: Path, name: str, variant: str) -> None:
+    """Eight bytes of every file changed, forty times: it is read, or refused in three lines."""
+    exported(name, variant, tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    for file in [f for f in (tmp_path / "out").rglob("*") if f.is_file()]:
+        whole = file.read_bytes()
+        for turn in range(40):
+            reach = min(len(whole), 400) if turn % 2 else len(whole)  # half of them in the header
+            content = bytearray(whole)
+            for at in torch.randint(reach, (8,), generator=generator).tolist():
+                content[at] ^= 1 << int(torch.randint(8, (), generator=generator))
+            file.write_bytes(content)
+            read_or_refuse(tmp_path / "out", name)
+        file.write_bytes(whole)
 
 
 @pytest.mark.parametrize(("name", "variant"), PLAIN)
