@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_exchange import PREFIXES, exported, lens, make, relu
+from test_exchange import PREFIXES, ROUTE, VARIANTS, exported, lens, make, relu, saved
 from tiny import CONTEXT, overrides, save
 
 from sae import cli, formats
@@ -110,6 +110,29 @@ def test_a_matryoshka_keeps_its_prefixes(tmp_path: Path) -> None:
     import_run(tmp_path / "out", overrides={"output": str(tmp_path / "again")})
     config = load(tmp_path / "again" / "config.yaml")
     assert config.sae.prefixes == tuple(PREFIXES) and config.sae.sparsity.kind == "batchtopk"
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [("gemma_scope_2", "jumprelu"), ("saelens", "relu_l1"), ("sparsify", "topk")],
+)
+def test_a_transcoder_of_another_tool_is_a_run(
+    tmp_path: Path, name: str, variant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its two ends and its dense map come along, and the verbs work on it."""
+    folder, d = save(tmp_path), 16
+    sae = SparseAutoencoder(d, 20, VARIANTS[variant](), d, False, skip=True)
+    route = {"model": str(folder / "model"), "data": str(folder / "texts")}
+    formats.write(name, saved(tmp_path / "theirs", sae, **ROUTE, **route), tmp_path / "out")
+    (tmp_path / "out" / "provenance.json").unlink()
+    given = ["--data.source", str(folder / "texts"), "--data.context", str(CONTEXT)]
+    source = ["import", str(tmp_path / "out"), "--output", str(tmp_path / "run")]
+    assert cli.main([*source, *given]) == 0, capsys.readouterr().err
+    config = load(tmp_path / "run" / "config.yaml")
+    assert config.inputs == ("layers.1.mlp_in",) and config.targets == ("layers.1.mlp_out",)
+    assert config.sae.skip
+    for verb in (["verify"], ["evaluate", "--tokens", "300"], ["features", "--tokens", "300"]):
+        assert cli.main([verb[0], str(tmp_path / "run"), *verb[1:]]) == 0, verb
 
 
 def test_a_topk_of_our_own_folder(tmp_path: Path) -> None:
