@@ -561,7 +561,9 @@ def import_(args: list[str]) -> None:
         "--allow_pickle_file", action="store_true", help="read tensors, and nothing else, of a .pt"
     )
     for flag in config.flags():
-        if flag.name in ("hookpoints", "output") or flag.name.split(".")[0] in ("model", "data"):
+        if flag.name in ("hookpoints", "inputs", "targets", "output") or flag.name.split(".")[
+            0
+        ] in ("model", "data"):
             parser.add_argument(
                 f"--{flag.name}",
                 nargs="+" if flag.many else None,

@@ -21,6 +21,7 @@ from sae.records import check_features
 from sae.routes import Route
 from sae.store import WEIGHTS, Run, covered_files, folder_name, sha256, staged, write_atomic
 
+_PLACES = ("hookpoints", "inputs", "targets")
 FETCHED = ("*.safetensors", "*.json", "*.yaml", "*.npz", "*.pt")
 
 
@@ -45,8 +46,8 @@ def import_run(
     A repository is named USER/NAME, or USER/NAME/FOLDER for a part of it, at a `revision`.
 
     `overrides` are settings by their dotted names; output is needed, and model.name and hookpoints
-    where the files do not say them; `trusted` allows to read .pt files. Raises FormatError and
-    RunError.
+    (of a map inputs and targets) where the files do not say them; `trusted` allows to read .pt
+    files. Raises FormatError, HookpointError and RunError.
     """
     overrides, said = dict(overrides or {}), str(source)
     if not overrides.get("output"):
@@ -55,7 +56,8 @@ def import_run(
     name, found = formats.read(source, format, trusted=trusted)
     if not found:
         raise FormatError(f"{source} holds no autoencoder of format {name}")
-    routes = _routes(source, found, overrides.pop("hookpoints", None))
+    places = {name: overrides.pop(name) for name in _PLACES if overrides.get(name) is not None}
+    routes = _routes(source, found, places)
     config = _config(found, routes, overrides)
     notes = [note for foreign in found for note in foreign.notes]
     data = found[0].says("data")
@@ -106,22 +108,31 @@ def _address(source: str, revision: str | None) -> str:
     return f"hf://{source}" + (f"@{revision}" if revision else "")
 
 
-def _routes(source: Path, found: list[Foreign], given: object) -> list[Route]:
+def _routes(source: Path, found: list[Foreign], given: Mapping[str, object]) -> list[Route]:
     """The route of each autoencoder: at the hookpoints given, else those the files say."""
-    if given is not None:
-        names = [given] if isinstance(given, str) else list(given)  # pyright: ignore
-        if len(names) != len(found):
+    sides = {name: _points(value) for name, value in given.items()}
+    if "hookpoints" in sides and len(sides) == 1:
+        points = sides["hookpoints"]
+        if len(points) != len(found):
             raise FormatError(
-                f"--hookpoints: {len(names)} came, but {source} holds {len(found)} autoencoders"
+                f"--hookpoints: {len(points)} came, but {source} holds {len(found)} autoencoders"
             )
-        return [Route.at(Hookpoint.parse(str(name))) for name in names]
+        return [Route.at(point) for point in points]
+    if sides:
+        if sides.keys() != {"inputs", "targets"} or len(found) > 1:
+            raise FormatError(
+                "give --hookpoints, or for one map both --inputs and --targets; "
+                f"{' and '.join(f'--{name}' for name in sides)} came, for {len(found)} of them"
+            )
+        return [Route(sides["inputs"], sides["targets"])]
     routes = [foreign.route for foreign in found]
     for route, foreign in zip(routes, found, strict=True):
         if route is None:
             doubt = f" ({'; '.join(foreign.notes)})" if foreign.notes else ""
             raise HookpointError(
                 f"{source} does not say at which of our hookpoints it reads{doubt};\n"
-                "give it: --hookpoints layers.2.mlp_act, or module:<path>"
+                "give it: --hookpoints layers.2.mlp_act, or module:<path>; "
+                "of a map, --inputs and --targets"
             )
     known = [route for route in routes if route is not None]
     maps = [route for route in known if len(route.points) > 1]
@@ -130,6 +141,11 @@ def _routes(source: Path, found: list[Foreign], given: object) -> list[Route]:
             f"{source} holds several autoencoders of one hookpoint, or maps; import each alone"
         )
     return known
+
+
+def _points(given: object) -> tuple[Hookpoint, ...]:
+    names = [given] if isinstance(given, str) else list(given)  # pyright: ignore
+    return tuple(Hookpoint.parse(str(name)) for name in names)
 
 
 def _config(

@@ -6,7 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_exchange import PREFIXES, ROUTE, VARIANTS, exported, lens, make, relu, saved
+from test_exchange import (
+    PREFIXES,
+    ROUTE,
+    SIDES,
+    VARIANTS,
+    exported,
+    lens,
+    make,
+    make_map,
+    relu,
+    saved,
+)
 from tiny import CONTEXT, overrides, save
 
 from sae import cli, formats
@@ -86,6 +97,23 @@ def test_what_the_files_do_not_say_is_asked_for(tmp_path: Path) -> None:
         import_run(source, overrides=given)
     found = import_run(source, overrides=given | {"model.name": "builtin:"})
     assert list(Run(found.folder).saes()) == ["layers.1.mlp_act"]
+
+
+def test_a_map_that_does_not_say_its_place_is_given_one(tmp_path: Path) -> None:
+    """Such as the transcoders of Gemma Scope 1, which read what is no hookpoint of ours."""
+    sae, where = make_map("transcoder", "jumprelu"), "gemma-scope-2b-pt-transcoders/layer_1"
+    formats.write("gemma_scope", saved(tmp_path / "theirs", sae, **ROUTE), tmp_path / where)
+    (tmp_path / where / "provenance.json").unlink()
+    given: dict[str, object] = {"output": str(tmp_path / "run"), "model.name": "builtin:"}
+    with pytest.raises(HookpointError, match=r"norm's output without its gain.*\n.*--targets"):
+        import_run(tmp_path / where, overrides=given)
+    for wrong in ({"inputs": SIDES["inputs"]}, SIDES | {"hookpoints": SIDES["inputs"]}):
+        with pytest.raises(FormatError, match="both --inputs and --targets"):
+            import_run(tmp_path / where, overrides=given | wrong)
+    import_run(tmp_path / where, overrides=given | SIDES)
+    (folder,) = Run(tmp_path / "run").saes().values()
+    assert folder.name == "layers.1.mlp_in-to-layers.1.mlp_out"
+    assert torch.equal(SparseAutoencoder.from_pretrained(folder).W_dec, sae.W_dec)
 
 
 def test_mistakes(trained: Path, tmp_path: Path) -> None:
