@@ -7,7 +7,7 @@ and all mistakes are reported together. The docstring below each field is its `-
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType, UnionType
@@ -81,6 +81,7 @@ Seed = Annotated[_Int, Field(ge=0, lt=2**32), Wanted(f"a whole number from 0 to 
 Positive = Annotated[_Float, Field(gt=0), Wanted("a number above 0")]
 NotNegative = Annotated[_Float, Field(ge=0), Wanted("a number of at least 0")]
 Share = Annotated[_Float, Field(ge=0, le=1), Wanted("a share from 0 to 1")]
+Power = Annotated[_Float, Field(gt=0, le=1), Wanted("a number above 0, at most 1")]
 Fraction = Annotated[_Float, Field(ge=0, lt=1), Wanted("a number from 0 to below 1")]
 Betas = Annotated[tuple[Fraction, Fraction], Wanted("two numbers, each from 0 to below 1")]
 Span = Annotated[
@@ -156,6 +157,8 @@ class Moment:
     """What its penalty is multiplied by."""
     k: int = 0
     """Features active per token."""
+    p: float = 1.0
+    """The power of activations that its penalty adds up."""
 
 
 class SparsityConfig(Settings):
@@ -210,6 +213,15 @@ class ReluL1Config(L1Config):
     refit: Fraction = 0.1
     """Share of the tokens, at the end, that train the decoder alone and without penalty, which
     undoes the shrinkage the penalty causes, 0 to 0.2."""
+    p_end: Power = 1.0
+    """Power of the activations that the penalty adds up in the end, 0.2 to 1; it is 1 at first.
+    Below 1 small activations are penalised more, and large ones shrink less."""
+    p_ramp: Span = (0.1, 0.9)
+    """From which to which share of the tokens the power goes from 1 to p_end."""
+
+    def at(self, done: float) -> Moment:
+        """The coefficient, and the power, which goes from 1 to `p_end` over `p_ramp`."""
+        return replace(super().at(done), p=moving(1.0, self.p_end, done, self.p_ramp))
 
 
 class KLargestConfig(SparsityConfig):
@@ -230,7 +242,8 @@ class KLargestConfig(SparsityConfig):
 
     def at(self, done: float) -> Moment:
         """k, which goes from `k_start` to `k` over `k_ramp`."""
-        return Moment(k=moving(self.k_start, self.k, done, self.k_ramp))
+        start = self.k if self.k_start is None else self.k_start
+        return Moment(k=round(moving(start, self.k, done, self.k_ramp)))
 
     def revival(self, d_in: int) -> tuple[int, float]:
         """`auxk` and its coefficient."""
@@ -474,12 +487,14 @@ def warmed_up(done: float, share: float) -> float:
     return min(1.0, done / share) if share else 1.0
 
 
-def moving(start: int | None, end: int, done: float, span: tuple[float, float]) -> int:
-    """`start` → `end` from one share of the tokens to another; `end` throughout without a start."""
+def moving(start: float, end: float, done: float, span: tuple[float, float]) -> float:
+    """`start` → `end` in proportion, from one share of the tokens to another."""
     first, last = span
-    if start is None or done >= last:
+    if done >= last:
         return end
-    return round(start + (end - start) * max(0.0, done - first) / (last - first))
+    if done <= first:
+        return start
+    return start + (end - start) * (done - first) / (last - first)
 
 
 # For the command line
@@ -527,7 +542,11 @@ def run_name(config: TrainConfig) -> str:
         parts.append("matryoshka")
     standard = TrainConfig()
     for now, default, names in (
-        (sparsity, type(sparsity)(), ("target_l0", "l1", "l0_coef", "k", "k_start", "k_ramp")),
+        (
+            sparsity,
+            type(sparsity)(),
+            ("target_l0", "l1", "l0_coef", "p_end", "k", "k_start", "k_ramp"),
+        ),
         (config.optim, standard.optim, ("lr",)),
         (config, standard, ("tokens", "seed")),
     ):

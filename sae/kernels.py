@@ -18,12 +18,15 @@ the batch is split. The gradients are set at the very end: a step that fails lea
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812, the field's name
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+
+from sae.sparsity import power, slope_of_power
 
 # A ReLU batch goes the sparse way when fewer of its activations than this are active. On one
 # Zen 5 core both ways take the same time at 5 % (bf16 products, batch 2048, 512 → 4096).
@@ -122,15 +125,17 @@ def relu_l1_step(
     l1: float,
     chunk: int | None = None,
     *,
+    p: float = 1.0,
     matmul_dtype: torch.dtype | None = None,
     sparse_below: float | None = None,
 ) -> StepStats:
     """Set the gradients of `reconstruction + l1 · penalty` of a `ReluL1` autoencoder.
 
     `chunk`: the most tokens worked on at once; what is [tokens d_sae] takes at most 512 on CPU and
-    8192 elsewhere in any case. `matmul_dtype`: type of the large products; weights and sums stay as
-    they are. `sparse_below`: the share of active features under which the sparse way is taken (0.05
-    on CPU, 0 elsewhere); both give the same up to rounding.
+    8192 elsewhere in any case. `p`: the power of activations that the penalty adds up.
+    `matmul_dtype`: type of the large products; weights and sums stay as they are. `sparse_below`:
+    the share of active features under which the sparse way is taken (0.05 on CPU, 0 elsewhere);
+    both give the same up to rounding.
     """
     if sparse_below is None:
         sparse_below = SPARSE_BELOW if x.device.type == "cpu" else 0.0
@@ -138,11 +143,11 @@ def relu_l1_step(
         forget_gradients(sae)
     encoder = _Encoder(sae, x, chunk, matmul_dtype)
     y = left_over(sae, encoder.x, y)
-    norms = site_norms(sae.W_dec, sae.sites)
+    penalty = _Penalty(site_norms(sae.W_dec, sae.sites), l1, len(x), p)
     if sparse_below and encoder.density() < sparse_below:
         parts = [_active(pre.relu_(), start) for start, pre in encoder.chunks()]
-        return _sparse_step(sae, encoder.centred, y, _join(parts), chunk, l1, norms)
-    return _dense_relu_step(sae, encoder, y, l1, norms)
+        return _sparse_step(sae, encoder.centred, y, _join(parts), chunk, penalty)
+    return _dense_relu_step(sae, encoder, y, penalty)
 
 
 @torch.no_grad()
@@ -311,13 +316,11 @@ def _sparse_step(
     y: Float[Tensor, "batch d_out"],
     active: _Active,
     chunk: int | None,
-    l1: float = 0.0,
-    by_site: Float[Tensor, "sites d_sae"] | None = None,
+    penalty: "_Penalty | None" = None,
     aux: "Auxk | None" = None,
 ) -> StepStats:
     """Gradients from the active (token, feature) pairs alone."""
     n, d_sae = len(y), len(sae.W_dec)
-    norms = None if by_site is None else by_site.sum(0)
     errors: list[Tensor] = []
     grads = None
     for tokens, part in active.split(n, chunk):
@@ -326,25 +329,28 @@ def _sparse_step(
         errors.append(recon + sae.b_dec - y[tokens])
         d_recon = errors[-1] * (2 / n)
         d_acts = d_acts_of(d_recon)
-        if norms is not None:
-            d_acts = torch.add(d_acts, norms[part.feature], alpha=l1 / n)
+        if penalty is not None:
+            slope = penalty.slope(value, penalty.norms[part.feature])
+            d_acts = torch.add(d_acts, slope, alpha=penalty.coef / n)
         d_pre = torch.where(value > 0, d_acts, 0)
         grads = _gradients(part, value, d_pre, centred[tokens], d_recon, d_sae, grads)
     assert grads is not None
     error = errors[0] if len(errors) == 1 else torch.cat(errors)
     mse = error.square().sum() / n
-    penalty = missed = mse.new_zeros(())
-    if by_site is not None:
-        sums = _sums_by_feature(active.feature, active.value.to(sae.W_dec.dtype), d_sae)
-        penalty = _add_penalty(grads, sae, sums, by_site, l1, n)
+    loss, size, missed = mse, mse.new_zeros(()), mse.new_zeros(())
+    if penalty is not None:
+        value, norms = active.value.to(sae.W_dec.dtype), penalty.norms[active.feature]
+        sums = _sums_by_feature(active.feature, penalty.slope(norms, value), d_sae)
+        size = penalty.add(grads, sae, sums, penalty.total(value, norms))
+        loss = mse + penalty.coef * size
     if sae.W_skip is not None:
         grads.W_skip = centred.T @ (error * (2 / n))
     if aux is not None:
         missed = aux.add(sae, centred, -error, grads, chunk)
     grads.write(sae)
     fired = torch.bincount(active.feature[active.value > 0], minlength=d_sae)
-    loss = mse + l1 * penalty + (aux.coef * missed if aux else 0)
-    return StepStats(loss, mse, penalty, missed, fired.sum() / n, fired)
+    loss = loss + (aux.coef * missed if aux else 0)
+    return StepStats(loss, mse, size, missed, fired.sum() / n, fired)
 
 
 def _gradients(
@@ -395,48 +401,74 @@ def _weighted_sums(rows: Tensor, index: Tensor, starts: Tensor, weight: Tensor) 
     return F.embedding_bag(index, rows, starts, mode="sum", per_sample_weights=weight)
 
 
-def _add_penalty(
-    grads: Gradients, sae: Weights, sums: Tensor, by_site: Tensor, l1: float, n: int
-) -> Float[Tensor, ""]:
-    """The penalty, from each feature's sum of activations, and its gradient to the norms."""
-    parts = (matrix.split([*sae.sites], dim=1) for matrix in (grads.W_dec, sae.W_dec))
-    for grad, rows, norms in zip(*parts, by_site, strict=True):
-        per_row = sums * (l1 / n) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
-        grad.addcmul_(rows, per_row[:, None])
-    return sums @ by_site.sum(0) / n
+@dataclass(frozen=True)
+class _Penalty:
+    """That of `ReluL1` over a batch: `coef` times the mean over `n` tokens of Σ (acts · norm)^p."""
+
+    by_site: Float[Tensor, "sites d_sae"]
+    coef: float
+    n: int
+    p: float
+
+    @cached_property
+    def norms(self) -> Float[Tensor, " d_sae"]:
+        """Of the decoder's rows, the sum of those at each site."""
+        return self.by_site.sum(0)
+
+    def slope(self, one: Tensor, other: Tensor) -> Tensor:
+        """Of (one · other)^p to `one`; activations and norms stand in it alike."""
+        return other if self.p == 1 else other * slope_of_power(one * other, self.p)
+
+    def total(self, acts: Tensor, norms: Tensor) -> Tensor | float:
+        """Σ (acts · norms)^p; 0 where p is 1, for which `add` needs only the sums."""
+        return 0.0 if self.p == 1 else power(acts * norms, self.p).sum()
+
+    def add(
+        self, grads: Gradients, sae: Weights, sums: Float[Tensor, " d_sae"], total: Tensor | float
+    ) -> Float[Tensor, ""]:
+        """Add its gradient to the decoder; the penalty without its coefficient.
+
+        `sums`: over the tokens of its slope to each norm; `total`: of what `total` gives.
+        """
+        parts = (matrix.split([*sae.sites], dim=1) for matrix in (grads.W_dec, sae.W_dec))
+        for grad, rows, norms in zip(*parts, self.by_site, strict=True):
+            per_row = sums * (self.coef / self.n) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+            grad.addcmul_(rows, per_row[:, None])
+        return (sums @ self.norms if self.p == 1 else sums.new_zeros(()) + total) / self.n
 
 
 def _dense_relu_step(
-    sae: Weights, encoder: _Encoder, y: Float[Tensor, "batch d_out"], l1: float, by_site: Tensor
+    sae: Weights, encoder: _Encoder, y: Float[Tensor, "batch d_out"], penalty: _Penalty
 ) -> StepStats:
     """All five products, for batches in which many features are active."""
     n, d_sae, zeros = len(y), len(sae.W_dec), sae.W_dec.new_zeros
     grads = Gradients.zeros(sae)
     W_dec = sae.W_dec.to(encoder.dtype)
-    d_penalty = (by_site.sum(0) * (l1 / n)).to(encoder.dtype)
-    squares, sums, fired = zeros(()), zeros(d_sae), zeros(d_sae)
+    squares, total, sums, fired = zeros(()), zeros(()), zeros(d_sae), zeros(d_sae)
     for start, pre in encoder.chunks():
         tokens = slice(start, start + len(pre))
         acts = pre.relu_()
         error = (acts @ W_dec).to(sae.W_dec.dtype) + sae.b_dec - y[tokens]
         squares += error.square().sum()
-        sums += acts.sum(0, dtype=sums.dtype)
+        sums += penalty.slope(penalty.norms, acts).sum(0, dtype=sums.dtype)
+        total += penalty.total(acts, penalty.norms)
         fired += acts.sign().sum(0, dtype=sums.dtype)
         d_recon = error * (2 / n)
         grads.b_dec += d_recon.sum(0)
         d_recon = d_recon.to(encoder.dtype)
         grads.W_dec += acts.T @ d_recon
-        d_pre = torch.addmm(d_penalty, d_recon, W_dec.T)
+        d_penalty = penalty.slope(acts, penalty.norms) * (penalty.coef / n)
+        d_pre = torch.addmm(d_penalty.to(encoder.dtype), d_recon, W_dec.T)
         d_pre = torch.ops.aten.threshold_backward(d_pre, acts, 0)
         grads.b_enc += d_pre.sum(0, dtype=sums.dtype)
         grads.W_enc_T += d_pre.T @ encoder.x[tokens]
         if grads.W_skip is not None:
             grads.W_skip += encoder.x[tokens].T @ d_recon
     mse = squares / n
-    penalty = _add_penalty(grads, sae, sums, by_site, l1, n)
+    size = penalty.add(grads, sae, sums, total)
     grads.write(sae)
-    loss = mse + l1 * penalty
-    return StepStats(loss, mse, penalty, zeros(()), fired.sum() / n, fired.to(torch.int64))
+    loss = mse + penalty.coef * size
+    return StepStats(loss, mse, size, zeros(()), fired.sum() / n, fired.to(torch.int64))
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,14 @@ from sae.kernels import StepStats
 from sae.memory import MicroBatch
 from sae.planning import sparsity_of
 from sae.revival import resample
+from sae.sparsity import SMALL, power
 from sae.steering import L0Control
 
 AUXK_CANDIDATES = 2
 """Dead features among which AuxK chooses, in multiples of auxk: all of them would cost as much as a
 dense step while many are dead."""
+EVENED_BY = 256
+"""Tokens that tell how much smaller a penalty is that adds up powers."""
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -238,7 +241,7 @@ class Learner:
 
     def _gradients(self, x: Tensor, y: Tensor, done: float) -> StepStats:
         refitting = done >= 1 - self.refit
-        moment = self._moment(done)
+        moment = self._moment(x, done)
         prefixes = self.config.sae.prefix_sizes(self.sae.d_sae)
         step = partial(
             steps.step, self.sae, x, y, moment, prefixes=prefixes, matmul_dtype=self.dtype
@@ -250,12 +253,13 @@ class Learner:
                     parameter.grad = None  # Adam leaves these alone: what is active stays so
         return stats
 
-    def _moment(self, done: float) -> Moment:
+    def _moment(self, x: Tensor, done: float) -> Moment:
         """The settings that move, with the coefficient that is steered, or off in the refit."""
         moment = self.config.sae.sparsity.at(done)
         if done >= 1 - self.refit:
             return replace(moment, coef=0.0)
-        return replace(moment, coef=moment.coef * self.control.factor) if self.control else moment
+        factor = self.control.factor if self.control else 1.0
+        return replace(moment, coef=moment.coef * factor * self._evened(x, moment.p))
 
     def _steer(self, stats: StepStats, done: float) -> None:
         """Move the coefficient towards the wanted L0, until the refit."""
@@ -263,6 +267,17 @@ class Learner:
             settings = self.config.sae.sparsity
             early = settings.at(done).coef < settings.at(1.0).coef
             self.control.observe(stats.l0.item(), self._decayed(done), early=early)
+
+    @torch.no_grad()
+    def _evened(self, x: Tensor, p: float) -> float:
+        """What keeps a penalty with the power p as large as with 1, from some tokens of the batch.
+
+        Karvonen et al. 2024, arXiv:2408.00113, take that from step to step, where p moves.
+        """
+        if p == 1:
+            return 1.0
+        sizes = self.sae.encode(x[:EVENED_BY]) * self.sae.decoder_norms
+        return (sizes.sum() / power(sizes, p).sum().clamp_min(SMALL)).item()
 
     def _for_the_dead(self) -> dict[str, Any]:
         """What a step needs to bring dead features back."""

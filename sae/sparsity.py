@@ -60,6 +60,7 @@ class Sparsity(nn.Module, ABC):
         pre: Float[Tensor, "batch d_sae"],
         acts: Float[Tensor, "batch d_sae"],
         decoder_norms: Float[Tensor, " d_sae"],
+        now: Moment,
     ) -> Float[Tensor, ""]:
         """What is added to the loss, before its coefficient; mean over the batch."""
         return acts.new_zeros(())
@@ -100,11 +101,12 @@ class Sparsity(nn.Module, ABC):
 
 
 class ReluL1(Sparsity):
-    """ReLU, with the penalty Σ_i acts_i · ‖W_dec[i]‖ times `l1`.
+    """ReLU, with the penalty Σ_i (acts_i · ‖W_dec[i]‖)^p times `l1`; p is 1 or falls in training.
 
     The norm in the penalty stops the cheap way out of small activations and long decoder rows,
     so the rows need no constraint. Bricken et al. 2023 (transformer-circuits.pub/2023/
-    monosemantic-features); decoder norms as in Conerly et al., April 2024 update.
+    monosemantic-features); decoder norms as in Conerly et al., April 2024 update. A p that falls
+    below 1 comes ever closer to counting features: Karvonen et al. 2024, arXiv:2408.00113.
     """
 
     kind = "relu_l1"
@@ -126,9 +128,29 @@ class ReluL1(Sparsity):
         pre: Float[Tensor, "batch d_sae"],
         acts: Float[Tensor, "batch d_sae"],
         decoder_norms: Float[Tensor, " d_sae"],
+        now: Moment,
     ) -> Float[Tensor, ""]:
-        """Mean over the batch of Σ_i acts_i · ‖W_dec[i]‖; multiply by `l1`."""
-        return (acts @ decoder_norms).mean()
+        """Mean over the batch of Σ_i `power(acts_i · ‖W_dec[i]‖, now.p)`; multiply by `l1`."""
+        if now.p == 1:
+            return (acts @ decoder_norms).mean()
+        return power(acts * decoder_norms, now.p).sum(-1).mean()
+
+
+SMALL = 0.01
+"""Far below activations that matter: those of a token have a norm of some √d_in together."""
+
+
+def power(size: Tensor, p: float) -> Tensor:
+    """size^p for sizes ≥ 0 well above SMALL, and 0 for 0: (size + SMALL)^p − SMALL^p.
+
+    Without SMALL its slope would be without bound near 0.
+    """
+    return (size + SMALL).pow(p) - SMALL**p
+
+
+def slope_of_power(size: Tensor, p: float) -> Tensor:
+    """Derivative of `power` to `size`."""
+    return (size + SMALL).pow_(p - 1).mul_(p)
 
 
 class TopK(Sparsity):
@@ -298,6 +320,7 @@ class JumpRelu(Sparsity):
         pre: Float[Tensor, "batch d_sae"],
         acts: Float[Tensor, "batch d_sae"],
         decoder_norms: Float[Tensor, " d_sae"],
+        now: Moment,
     ) -> Float[Tensor, ""]:
         """Mean over the batch of Σ 1[pre > θ], or of Σ tanh(c · acts · ‖W_dec‖)."""
         counted = (self.tanh * acts * decoder_norms).tanh() if self.tanh else self._active(pre)
@@ -379,6 +402,7 @@ class Gated(Sparsity):
         pre: Float[Tensor, "batch d_sae"],
         acts: Float[Tensor, "batch d_sae"],
         decoder_norms: Float[Tensor, " d_sae"],
+        now: Moment,
     ) -> Float[Tensor, ""]:
         """Mean over the batch of Σ ReLU(pre) · ‖W_dec‖, norms frozen; multiply by `l1`."""
         return (pre.relu() @ decoder_norms.detach()).mean()

@@ -47,7 +47,7 @@ def step(
     """
     dtype, plain = matmul_dtype or sae.W_enc.dtype, len(prefixes) <= 1
     if isinstance(sae.sparsity, ReluL1) and plain:
-        return kernels.relu_l1_step(sae, x, y, now.coef, chunk, matmul_dtype=matmul_dtype)
+        return kernels.relu_l1_step(sae, x, y, now.coef, chunk, p=now.p, matmul_dtype=matmul_dtype)
     if isinstance(sae.sparsity, TopK) and plain:
         revive = {"auxk": auxk, "auxk_coef": auxk_coef, "dead": dead}
         return kernels.topk_step(sae, x, y, now.k, chunk, **revive, matmul_dtype=matmul_dtype)
@@ -90,7 +90,7 @@ def autograd_step(
             left = kernels.left_over(sae, centred[tokens].to(matmul_dtype), y[tokens])
             residuals = _residuals(sae, acts, left, prefixes, matmul_dtype)
             norms = kernels.site_norms(sae.W_dec, sae.sites).sum(0)
-            penalty = sae.sparsity.penalty(pre, acts, norms)
+            penalty = sae.sparsity.penalty(pre, acts, norms, now)
             decoder = sae.W_dec.detach(), sae.b_dec.detach()
             own = sae.sparsity.auxiliary(pre, left.detach(), decoder, dead)
             sums.add(acts, residuals, penalty, own)

@@ -15,6 +15,7 @@ import torch
 
 from sae import losses
 from sae.autoencoder import SparseAutoencoder
+from sae.config import Moment
 from sae.kernels import relu_l1_step, topk_step
 from sae.sparsity import ReluL1, Sparsity, TopK
 
@@ -25,7 +26,7 @@ def plain_step(sae: SparseAutoencoder, x: torch.Tensor) -> None:
     """The formulas under autocast, as one would write them first."""
     with torch.autocast(x.device.type, torch.bfloat16):
         out = sae(x)
-    penalty = sae.sparsity.penalty(out.pre, out.acts.float(), sae.decoder_norms)
+    penalty = sae.sparsity.penalty(out.pre, out.acts.float(), sae.decoder_norms, Moment())
     for p in sae.parameters():
         p.grad = None
     (losses.reconstruction(out.recon.float(), x) + 5 * penalty).backward()

@@ -73,7 +73,7 @@ PEERS = (
     Recipe("dictionary-learning", "batch_top_k", "batchtopk", 2e-4 / (256 / 2**14) ** 0.5, 2048),
     Recipe("dictionary-learning", "jumprelu", "jumprelu", 3e-4, 2048),
     # Documented are 0.006 to 0.025; 0.15 gave a mean max cosine of 0.78 instead of 0.50 in a trial.
-    Recipe("dictionary-learning", "p_anneal", None, 1e-3, 2048, 0.15),
+    Recipe("dictionary-learning", "p_anneal", "p_anneal", 1e-3, 2048, 0.15),
 )
 
 

@@ -13,8 +13,19 @@ POOL = 64 * BATCH
 
 RECIPES: dict[str, dict[str, Any]] = {
     "relu_l1": {"sparsity.kind": "relu_l1", "sparsity.l1": 5, "sparsity.l1_warmup": 0.5},
+    "p_anneal": {
+        "sparsity.kind": "relu_l1",
+        "sparsity.l1": 2.5,
+        "sparsity.l1_warmup": 0.5,
+        "sparsity.p_end": 0.2,
+    },
     "topk": {"sparsity.kind": "topk", "sparsity.k": 4},
     "batchtopk": {"sparsity.kind": "batchtopk", "sparsity.k": 4},
+    "matryoshka": {
+        "sparsity.kind": "batchtopk",
+        "sparsity.k": 4,
+        "prefixes": (0.0625, 0.125, 0.25, 0.5, 1),
+    },
     "jumprelu": {
         "sparsity.kind": "jumprelu",
         "sparsity.l0_coef": 5,

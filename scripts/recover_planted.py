@@ -47,14 +47,15 @@ class Study:
 
 ALL = tuple(RECIPES)
 FAST = ("topk",)
+WIDE = ("topk", "batchtopk")
 STUDIES = {
     "clean": Study("256 features, no noise", SMALL, ALL, 1 << 19),
     "noisy": Study("256 features, σ = 0.05", NOISY, ALL, 1 << 19),
     "large": Study(
         "1,024 features, no noise",
         PlantedConfig(d_in=128, n_features=1024, active=8),
-        FAST,
-        1 << 20,
+        WIDE,
+        1 << 19,
         {"sae.sparsity.k": 8},
     ),
     "correlated": Study(

@@ -7,6 +7,7 @@ import torch
 
 from sae import losses
 from sae.autoencoder import SparseAutoencoder
+from sae.config import Moment
 from sae.kernels import StepStats, _nonzero, _strongest, relu_l1_step, topk_step
 from sae.sparsity import ReluL1, Sparsity, TopK
 
@@ -30,6 +31,7 @@ def plain(
     x: torch.Tensor,
     y: torch.Tensor,
     l1: float = 0.0,
+    p: float = 1.0,
     dead: torch.Tensor | None = None,
     auxk: int = 0,
     auxk_coef: float = 0.0,
@@ -38,7 +40,7 @@ def plain(
     sae.zero_grad()
     out = sae(x)
     mse = losses.reconstruction(out.recon, y)
-    penalty = sae.sparsity.penalty(out.pre, out.acts, sae.decoder_norms)
+    penalty = sae.sparsity.penalty(out.pre, out.acts, sae.decoder_norms, Moment(p=p))
     aux = mse.new_zeros(())
     if dead is not None:
         aux = losses.auxk(out.pre, y - out.recon, dead, sae.W_dec, auxk)
@@ -81,11 +83,12 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("sparse_below", [0.0, 2.0], ids=["dense", "sparse"])
 @pytest.mark.parametrize("chunk", [None, 7])
-def test_relu_l1_step_is_autograd(shape, sparse_below, chunk):
+@pytest.mark.parametrize("p", [1.0, 0.4])
+def test_relu_l1_step_is_autograd(shape, sparse_below, chunk, p):
     sae = build(ReluL1(1.0), **shape)
     x, y = randn(33, sae.d_in, dtype=sae.dtype), randn(33, sae.d_out, seed=9, dtype=sae.dtype)
-    expected, wanted = plain(sae, x, y, l1=0.7), gradients(sae)
-    got = relu_l1_step(sae, x, y, 0.7, chunk, sparse_below=sparse_below)
+    expected, wanted = plain(sae, x, y, l1=0.7, p=p), gradients(sae)
+    got = relu_l1_step(sae, x, y, 0.7, chunk, p=p, sparse_below=sparse_below)
     assert_same(sae, expected, wanted, got, rel=1e-5 if sae.dtype == torch.float32 else 1e-12)
 
 
@@ -112,12 +115,13 @@ def test_topk_step_adds_the_auxiliary_loss_over_dead_features(n_dead):
 
 
 @pytest.mark.parametrize("sparse_below", [0.0, 2.0], ids=["dense", "sparse"])
-def test_relu_l1_step_matches_finite_differences(sparse_below):
+@pytest.mark.parametrize("p", [1.0, 0.4])
+def test_relu_l1_step_matches_finite_differences(sparse_below, p):
     sae = build(ReluL1(1.0), d_in=3, d_sae=7, d_out=3, dtype=torch.float64)
     x = randn(5, 3, dtype=torch.float64)
 
     def loss() -> float:
-        return relu_l1_step(sae, x, x, 0.7, sparse_below=sparse_below).loss.item()
+        return relu_l1_step(sae, x, x, 0.7, p=p, sparse_below=sparse_below).loss.item()
 
     loss()
     assert_finite_differences(sae, loss)

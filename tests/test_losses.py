@@ -4,6 +4,7 @@ import torch
 
 from sae import losses
 from sae.autoencoder import SparseAutoencoder
+from sae.config import Moment
 from sae.sparsity import ReluL1
 
 
@@ -72,7 +73,7 @@ def test_l1_with_decoder_norms_gradient_matches_finite_differences():
         values = dict(zip(names, tensors, strict=True))
         out = torch.func.functional_call(sae, values, (x,))
         norms = values["W_dec"].norm(dim=-1)
-        penalty = sae.sparsity.penalty(out.pre, out.acts, norms)
+        penalty = sae.sparsity.penalty(out.pre, out.acts, norms, Moment())
         return losses.reconstruction(out.recon, x) + 0.7 * penalty
 
     inputs = [randn(*p.shape, seed=i).requires_grad_() for i, p in enumerate(sae.parameters())]

@@ -13,7 +13,19 @@ from sae import losses, steps
 from sae.autoencoder import SparseAutoencoder
 from sae.config import Moment
 from sae.errors import ConfigError
-from sae.sparsity import _KINDS, BatchTopK, Gated, JumpRelu, ReluL1, Sparsity, TopK, make_sparsity
+from sae.sparsity import (
+    _KINDS,
+    SMALL,
+    BatchTopK,
+    Gated,
+    JumpRelu,
+    ReluL1,
+    Sparsity,
+    TopK,
+    make_sparsity,
+    power,
+    slope_of_power,
+)
 
 # -------------------------------------------------------------------------- every kind, by table
 
@@ -39,8 +51,8 @@ def planted(seed: int, n: int) -> Tensor:
 
 
 def test_the_table_holds_every_kind():
-    assert VARIANTS.keys() == _KINDS.keys()
-    assert all(variant.make().kind == kind for kind, variant in VARIANTS.items())
+    assert {name.split()[0] for name in VARIANTS} == _KINDS.keys()
+    assert all(variant.make().kind == name.split()[0] for name, variant in VARIANTS.items())
 
 
 @each_kind
@@ -142,16 +154,37 @@ def test_relu_l1_is_relu_and_weights_the_penalty_by_decoder_norms():
     acts = sparsity(pre)
     assert torch.equal(acts, torch.tensor([[1.0, 0.0, 3.0], [0.0, 0.0, 2.0]]))
     norms = torch.tensor([1.0, 10.0, 0.5])
-    assert sparsity.penalty(pre, acts, norms).item() == ((1 + 1.5) + 1.0) / 2
+    assert sparsity.penalty(pre, acts, norms, Moment()).item() == ((1 + 1.5) + 1.0) / 2
 
 
-def test_the_penalty_does_not_change_when_scale_moves_between_activation_and_decoder():
+@pytest.mark.parametrize("p", [1.0, 0.3])
+def test_the_penalty_does_not_change_when_scale_moves_between_activation_and_decoder(p: float):
     acts, norms = torch.rand(4, 6).double(), torch.rand(6).double()
     scale = torch.rand(6).double() + 0.5
-    sparsity = ReluL1(1.0)
+    sparsity, now = ReluL1(1.0), Moment(p=p)
     torch.testing.assert_close(
-        sparsity.penalty(acts, acts * scale, norms / scale), sparsity.penalty(acts, acts, norms)
+        sparsity.penalty(acts, acts * scale, norms / scale, now),
+        sparsity.penalty(acts, acts, norms, now),
     )
+
+
+@pytest.mark.parametrize("p", [0.2, 0.7])
+def test_a_power_is_nearly_exact_where_it_matters_and_its_slope_is_finite_at_0(p: float):
+    size = torch.tensor([0.0, 1.0, 5.0, 30.0], dtype=torch.float64, requires_grad=True)
+    found = power(size, p)
+    assert found[0] == 0
+    found.sum().backward()
+    assert size.grad is not None and size.grad.isfinite().all()
+    torch.testing.assert_close(size.grad, slope_of_power(size.detach(), p))
+    torch.testing.assert_close(
+        found[1:].detach() + SMALL**p, size[1:].detach() ** p, rtol=0.01, atol=0
+    )
+
+
+def test_the_penalty_adds_up_the_power_it_is_given():
+    acts, norms = torch.tensor([[4.0, 0.0], [1.0, 9.0]]), torch.tensor([1.0, 4.0])
+    got = ReluL1(1.0).penalty(acts, acts, norms, Moment(p=0.5))
+    assert got.item() == pytest.approx((2 + 1 + 6) / 2 - 1.5 * SMALL**0.5, rel=0.01)
 
 
 @pytest.mark.parametrize("k", [1, 3, 8])
@@ -171,7 +204,7 @@ def test_topk_of_all_features_is_relu():
 def test_topk_never_activates_what_is_negative_and_has_no_penalty():
     pre = -torch.rand(2, 3, 8)
     assert TopK(4)(pre).count_nonzero() == 0
-    assert TopK(4).penalty(pre, torch.rand(2, 8), torch.rand(8)) == 0
+    assert TopK(4).penalty(pre, torch.rand(2, 8), torch.rand(8), Moment()) == 0
 
 
 def test_topk_passes_gradients_to_the_kept_features_only():

@@ -1,4 +1,4 @@
-"""The table of sparsities: every kind there is, and what its tests need to know of it.
+"""The table of sparsities: every kind there is, and what its tests need to know.
 
 A new kind gets a line here, and all tests of properties, training and resuming run for it.
 """
@@ -26,7 +26,10 @@ def largest(pre: Tensor, count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Variant:
-    """One kind. `active` is which features of [batch d_sae] a step of `now` has active."""
+    """One kind, named by the first word, or one way to train it.
+
+    `active` is which features of [batch d_sae] a step of `now` has active.
+    """
 
     make: Callable[[], Sparsity]
     active: Callable[[Tensor, Sparsity], Tensor]
@@ -43,6 +46,12 @@ VARIANTS = {
         active=lambda pre, _: pre > 0,
         tiny=RELU | {"optim.dead_after": "200"},
         now=Moment(coef=0.7),
+    ),
+    "relu_l1 annealed": Variant(
+        make=lambda: ReluL1(5.0),
+        active=lambda pre, _: pre > 0,
+        tiny=RELU | {"optim.dead_after": "200", "sae.sparsity.p_end": "0.3"},
+        now=Moment(coef=0.7, p=0.3),
     ),
     "topk": Variant(
         make=lambda: TopK(4),
