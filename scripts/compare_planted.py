@@ -49,8 +49,8 @@ class Recipe(NamedTuple):
 
     package: str
     variant: str
-    ours: str | None
-    """Which of our variants it is compared with; None where ours has none."""
+    ours: str
+    """Which of our variants it is compared with."""
     lr: float
     batch: int
     coefficient: float = 0.0
@@ -187,18 +187,14 @@ class Trainings:
 def line(recipe: Recipe, trainings: Trainings) -> str:
     """One variant of a package beside ours."""
     lr, theirs = trainings.all(recipe)
-    cells = [recipe.name, recipe.ours or "–"]
+    cells = [recipe.name, recipe.ours]
     if failed := [row["error"] for row in theirs if "error" in row]:
         return f"| {' | '.join(cells)} | did not run: {failed[0]} |" + " |" * 7
-    our_lr, ours = trainings.all(recipe.ours) if recipe.ours else (None, [])
+    our_lr, ours = trainings.all(recipe.ours)
     for measure in MEASURES:
         mine, other = [r[measure] for r in ours], [r[measure] for r in theirs]
-        cells += (
-            [estimate(mine), estimate(other), contrast(mine, other)]
-            if mine
-            else ["–", estimate(other), "–"]
-        )
-    cells += [f"{our_lr or '–'}", f"{lr:g}", f"{seconds(theirs):.0f}"]
+        cells += [estimate(mine), estimate(other), contrast(mine, other)]
+    cells += [f"{our_lr:g}", f"{lr:g}", f"{seconds(theirs):.0f}"]
     return f"| {' | '.join(cells)} |"
 
 
@@ -252,7 +248,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     trainings = Trainings(args)
     try:
-        for side in (*PEERS, *dict.fromkeys(peer.ours for peer in PEERS if peer.ours)):
+        for side in (*PEERS, *dict.fromkeys(peer.ours for peer in PEERS)):
             name = side if isinstance(side, str) else side.package
             if args.only and name in args.only:
                 trainings.all(side)
