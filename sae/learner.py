@@ -262,11 +262,12 @@ class Learner:
         return replace(moment, coef=moment.coef * factor * self._evened(x, moment.p))
 
     def _steer(self, stats: StepStats, done: float) -> None:
-        """Move the coefficient towards the wanted L0, until the refit."""
+        """Move coefficient and thresholds towards the wanted L0, until the refit."""
         if self.control and done < 1 - self.refit:
             settings = self.config.sae.sparsity
             early = settings.at(done).coef < settings.at(1.0).coef
-            self.control.observe(stats.l0.item(), self._decayed(done), early=early)
+            by = self.control.observe(stats.l0.item(), self._decayed(done), early=early)
+            self.sae.sparsity.raise_thresholds(by)
 
     @torch.no_grad()
     def _evened(self, x: Tensor, p: float) -> float:

@@ -40,6 +40,10 @@ class Sparsity(nn.Module, ABC):
     def forward(self, pre: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
         """The activations, all of them ≥ 0; each token's depend on no other token."""
 
+    def raise_thresholds(self, by: float) -> None:
+        """Raise learned thresholds by some e-folds, where there are any: L0 falls."""
+        return
+
     def cut(
         self, pre: Iterable[Float[Tensor, "chunk d_sae"]], tokens: int, now: Moment
     ) -> Float[Tensor, ""] | None:
@@ -308,6 +312,11 @@ class JumpRelu(Sparsity):
     def threshold(self) -> Float[Tensor, " d_sae"]:
         """θ of every feature."""
         return self.log_threshold.exp()
+
+    @torch.no_grad()
+    def raise_thresholds(self, by: float) -> None:
+        """Raise every log θ."""
+        self.log_threshold.add_(by)
 
     def forward(self, pre: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
         """pre where it is above θ, 0 elsewhere; d/dθ is −θ/bandwidth · kernel, as in the paper."""

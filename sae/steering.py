@@ -4,9 +4,14 @@ A controller on logarithms, whose error is log(L0 / target). L0 answers a change
 like a first-order lag of some steps: a part of the coefficient proportional to the error, `lag`
 times the integral one, cancels it, so that L0 goes to the target without swinging. While the
 features improve, the coefficient that gives the target falls steadily: `trend` learns how fast,
-else L0 would stay below the target all along. All but the proportional part slows down with the
+else L0 would stay above the target all along. All but the proportional part slows down with the
 root of the learning rate: L0 answers as slowly as that falls, and falls a little by itself. Both
 parts: Åström & Hägglund 1995, "PID Controllers".
+
+Learned thresholds follow the penalty slowly, and no penalty at all can leave L0 below the target:
+the reconstruction holds them up. So all of them are moved together as well, which L0 answers at
+once; the coefficient then only has to bring about that it is not needed (the same book's mid-range
+control, by two actuators).
 
 The coefficient starts far below the one that is given and rises, so that features come before the
 penalty does: those that too much of it kills at first hardly come back.
@@ -25,7 +30,10 @@ STRENGTH = 0.9
 FAR_ABOVE, FAR_BELOW = 1.0, 0.5
 """An L0 that is further off, in e-folds, counts as this far off."""
 NEAR = 0.3
-"""The trend is learnt from smaller errors than this: larger ones only say how it began."""
+"""The trend is learnt from smaller errors than this: larger ones only say how it began. Nor do
+thresholds move faster for them."""
+PUSH = 0.1
+"""e-folds that thresholds are raised by at each step, for an error of one e-fold."""
 KEEP = 0.8
 """What remains of the smoothed error at each step: it remembers some 5."""
 
@@ -49,17 +57,18 @@ class L0Control:
         """What the coefficient is multiplied by."""
         return math.exp(self.log_factor)
 
-    def observe(self, l0: float, speed: float = 1.0, *, early: bool = False) -> None:
+    def observe(self, l0: float, speed: float = 1.0, *, early: bool = False) -> float:
         """Learn from a step at `speed` of the full learning rate.
 
-        An L0 that is too low teaches nothing `early` in the training, before it has been too high:
-        where thresholds start high, no feature is active yet.
+        Returns by how many e-folds to raise all thresholds, 0 `early` in the training. Nor does an
+        L0 that is too low teach anything then before it has been too high: where thresholds start
+        high, no feature is active yet.
         """
         error = math.log(max(l0, 1e-3 * self.target) / self.target)
         bounded = max(-FAR_BELOW, min(FAR_ABOVE, error))
         if self.error == -math.inf:
             if early and error < 0:
-                return
+                return 0.0
             self.error = bounded
         before, self.error = self.error, KEEP * self.error + (1 - KEEP) * bounded
         gain, pace = STRENGTH / self.lag, math.sqrt(speed)
@@ -67,6 +76,7 @@ class L0Control:
             self.trend += pace * gain**2 / 4 * self.error  # critically damped
         self.log_factor += pace * (gain * self.error + self.trend)
         self.log_factor += STRENGTH * (self.error - before)
+        return 0.0 if early else PUSH * max(-NEAR, min(NEAR, self.error))
 
     def state(self) -> Float[Tensor, " 3"]:
         """What the rest of the training depends on."""

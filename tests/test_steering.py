@@ -49,6 +49,27 @@ def test_a_steady_drift_leaves_no_error_behind():
     assert found[700] == pytest.approx(16, rel=0.005)
 
 
+@pytest.mark.parametrize("limit", [0.0035, 0.02])
+@pytest.mark.parametrize("unpenalised", [0.8, 2.0])
+def test_thresholds_hold_an_l0_that_follows_the_coefficient_slowly(limit, unpenalised):
+    """Steps of at most `limit` e-folds, as Adam's; and L0 may be too low without any penalty."""
+    control, off, found = L0Control(64, 20), math.log(2.0), []
+    for step in range(600):
+        early = step < 120
+        coef = control.factor * min(1.0, step / 120)
+        off += max(-limit, min(limit, 0.005 * (math.log(unpenalised) - off - coef)))
+        found.append(off)
+        off -= control.observe(64 * math.exp(off), early=early)
+    assert max(map(abs, found[300:])) < 0.1
+    assert abs(found[-1]) < 0.02
+
+
+def test_thresholds_stay_early_in_the_training_and_move_by_bounded_steps():
+    control = L0Control(8, 10)
+    assert control.observe(0.0, early=True) == control.observe(99.0, early=True) == 0
+    assert 0 < control.observe(99.0) < 0.05
+
+
 def test_a_control_goes_on_from_its_state():
     one, other = L0Control(8, 10), L0Control(8, 10)
     for l0 in (90.0, *[8.5] * 9):
