@@ -1,6 +1,8 @@
 # Every target sets up what it needs: a virtual environment with this package in .venv.
 PYTHON ?= python3
 RUN = .venv/bin/python
+# Where the environments of other tools' packages are, or are made.
+PEERS ?= .peers
 
 .PHONY: install install-browser quickstart test check format exchange dashboards faults faults-long
 
@@ -29,11 +31,11 @@ test: install
 	$(RUN) -m pytest -n 2 --dist loadgroup
 
 exchange: install
-	$(RUN) scripts/exchange.py
-	$(RUN) scripts/other_tools.py
+	$(RUN) scripts/exchange.py --peers $(PEERS)
+	$(RUN) scripts/other_tools.py --peers $(PEERS)
 
 dashboards: install
-	$(RUN) scripts/neuronpedia.py
+	$(RUN) scripts/neuronpedia.py --peers $(PEERS)
 
 faults: install
 	PYTHONPATH=tests $(RUN) -m faults
