@@ -77,7 +77,7 @@ SAE.charts = (() => {
         el("text", { x: L - 6, y: py(y) + 4, "text-anchor": "end", class: "label" }, number(y)));
     }
     for (const x of ticks(x0, x1, false)) {
-      if (x > x0 && px(x) < W - 90) svg.append(el("text", { x: px(x), y: height - 6, "text-anchor": "middle", class: "label" }, short(x)));
+      if (x > x0 && px(x) < W - 160) svg.append(el("text", { x: px(x), y: height - 6, "text-anchor": "middle", class: "label" }, short(x)));
     }
     svg.append(el("text", { x: W - 8, y: height - 6, "text-anchor": "end", class: "label" }, `${short(x1)} ${xname}`));
     real.forEach((s, i) => {
