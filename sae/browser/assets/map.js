@@ -4,7 +4,7 @@
   const { el, load, numbers, number, percent, explain } = SAE;
   const W = 1200, H = 600, EDGE = 16, REACH = 14, MANY = 20000, SHADES = 64;
   // From dark to light evenly, and readable without telling red from green (after viridis).
-  const RAMP = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [223, 205, 40]];
+  const RAMP = [[112, 62, 150], [59, 82, 139], [33, 145, 140], [94, 201, 98], [223, 205, 40]];
 
   async function page(main, { dictionary: d }) {
     const [t, raw] = await Promise.all([SAE.list.table(d), load(`${d}/map`)]);
