@@ -329,7 +329,7 @@ class SAEConfig(Settings):
 
     @model_validator(mode="after")
     def _fits(self) -> "SAEConfig":
-        for name in ("auxk", "k", "k_start"):
+        for name in ("auxk", "k", "k_start", "target_l0"):
             amount = getattr(self.sparsity, name, None)
             if self.d_sae is not None and amount is not None and amount > self.d_sae:
                 raise _clash(f"sparsity.{name}", amount, "at most {other}", "d_sae", self.d_sae)

@@ -380,10 +380,10 @@ def _check_saes(plan: Plan) -> None:
     config, sparsity = plan.config, plan.config.sae.sparsity
     for name, route in plan.routes.items():
         _, d_sae, _ = plan.shape(route)
-        for key in ("k", "k_start"):
+        for key in ("k", "k_start", "target_l0"):
             if (amount := getattr(sparsity, key, None) or 0) > d_sae:
                 raise ConfigError(
-                    f"sae.sparsity.{key}: {amount} came, wanted at most the {d_sae} features of "
+                    f"sae.sparsity.{key}: {amount:g} came, wanted at most the {d_sae} features of "
                     f"{name}"
                 )
         if config.sae.skip and not route.is_map:

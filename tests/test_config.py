@@ -153,6 +153,10 @@ MISTAKES = [
         "sae.sparsity.k: 8 came, wanted at most sae.d_sae (4); change either",
     ),
     (
+        "sae: {d_sae: 4, sparsity: {target_l0: 8}}",
+        "sae.sparsity.target_l0: 8.0 came, wanted at most sae.d_sae (4); change either",
+    ),
+    (
         "optim: {batch: 200000}",
         "optim.batch: 200000 came, wanted at most optim.pool (131072); change either",
     ),

@@ -93,6 +93,12 @@ def test_an_estimate_is_a_time_and_a_speed(folder: Path, changes: dict) -> None:
     assert files(folder) == before
 
 
+def test_a_wanted_l0_above_the_number_of_features_is_refused(folder: Path) -> None:
+    wanted = {"sae.d_sae": "null", "sae.sparsity": {"kind": "relu_l1", "target_l0": 500}}
+    with pytest.raises(ConfigError, match="target_l0: 500 came, wanted at most the 192 features"):
+        planned(folder, wanted)
+
+
 @pytest.mark.parametrize(
     ("seconds", "words"), [(0.2, "0 s"), (99, "99 s"), (150, "2 min"), (9000, "2.5 h")]
 )
