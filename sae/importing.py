@@ -84,8 +84,10 @@ def import_labels(run: str | Path, source: str | Path, sae: str | None = None) -
     found = explanations.read(Path(source))
     check_features([*found.labels], read_config(folder)["d_sae"])
     kept = labels.add(Path(run), sha256(folder / WEIGHTS), found.labels)
-    makers = {label.by for label in found.labels.values()}
-    said = f"{len(found.labels) - len(kept):,} labels of {found.source} by {', '.join(makers)}"
+    makers = sorted({label.by for label in found.labels.values()})
+    more = f" and {len(makers) - 3:,} more" if len(makers) > 3 else ""
+    by = ", ".join(makers[:3]) + more
+    said = f"{len(found.labels) - len(kept):,} labels of {found.source} by {by}"
     persons = [f"{len(kept):,} features keep the label that a person gave"] * bool(kept)
     return [said, *persons, *found.notes]
 

@@ -78,6 +78,25 @@ def test_the_first_of_a_feature_and_a_person_go_before(run: Path, tmp_path: Path
     assert len(said) == 4
 
 
+def test_no_file_may_call_itself_a_person(run: Path, tmp_path: Path) -> None:
+    import_labels(run, packed(tmp_path / "a.jsonl.gz", row(3, explanationModelName=labels.PERSON)))
+    assert of(run) == {3: Label("cats", explanations.MAKER)}
+    import_labels(run, packed(tmp_path / "b.jsonl.gz", row(3, "dogs")))
+    assert of(run) == {3: Label("dogs", MACHINE)}
+
+
+def test_only_what_was_cut_and_is_kept_counts_as_cut(run: Path, tmp_path: Path) -> None:
+    long = "so " * LONGEST
+    file = packed(tmp_path / "a.jsonl.gz", row(3, "and so on …"), row(3, long), row(4, long))
+    assert any("1 are longer than" in line for line in import_labels(run, file))
+
+
+def test_of_many_makers_a_few_are_told(run: Path, tmp_path: Path) -> None:
+    rows = [row(i, explanationModelName=f"m{i}") for i in range(D_SAE)]
+    said, *_ = import_labels(run, packed(tmp_path / "a.jsonl.gz", *rows))
+    assert said.endswith(f"by m0, m1, m10 and {D_SAE - 3} more")
+
+
 def test_a_feature_that_is_not_there(run: Path, tmp_path: Path) -> None:
     file = packed(tmp_path / "batch-0.jsonl.gz", row("3"), row(str(D_SAE)))
     with pytest.raises(RunError, match=f"feature {D_SAE}: this SAE has features 0–{D_SAE - 1}"):

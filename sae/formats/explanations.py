@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sae.errors import FormatError
-from sae.labels import LONGEST, Label
+from sae.labels import LONGEST, PERSON, Label
 from sae.untrusted import parse_json, read_json
 
 LINE = 1 << 20
@@ -39,14 +39,14 @@ def read(source: Path) -> Explanations:
     sources: dict[str, None] = {}
     again = cut = 0
     for where, row in _rows(source):
-        feature, label = _label(where, row)
+        feature, label, is_cut = _label(where, row)
         sources[f"{row.get('modelId')}/{row.get('layer')}"] = None
         if len(sources) > 1:
             raise FormatError(
                 f"{where}: explanations of {' and '.join(sources)}; give those of one source"
             )
         again += feature in labels
-        cut += label.text.endswith("…")
+        cut += is_cut and feature not in labels
         labels.setdefault(feature, label)
     if not labels:
         raise FormatError(f"{source} holds no explanations; give batch-N.jsonl.gz, or their folder")
@@ -92,15 +92,21 @@ def _lines(file: Path) -> Iterator[Any]:
         raise FormatError(f"{file} cannot be read as explanations: {first}") from None
 
 
-def _label(where: str, row: dict[str, Any]) -> tuple[int, Label]:
-    """The feature of a row, and its label."""
+def _label(where: str, row: dict[str, Any]) -> tuple[int, Label, bool]:
+    """The feature of a row, its label, and whether that is cut."""
     index, text = str(row.get("index")), row.get("description")
     if not (index.isascii() and index.isdigit() and len(index) < 12):
         raise FormatError(f"{where}: index {index[:40]!r}: expected the number of a feature")
     if not isinstance(text, str) or not text.strip():
         raise FormatError(f"{where}: description {text!r:.40}: expected text")
     text = " ".join(text.split())
-    if len(text) > LONGEST:
+    is_cut = len(text) > LONGEST
+    if is_cut:
         text = text[: LONGEST - 1] + "…"
-    by = row.get("explanationModelName") or row.get("typeName") or MAKER
-    return int(index), Label(text, str(by)[:LONGEST])
+    return int(index), Label(text, _maker(row)), is_cut
+
+
+def _maker(row: dict[str, Any]) -> str:
+    """Which machine made it. No file may call itself a person, whose labels are never replaced."""
+    by = str(row.get("explanationModelName") or row.get("typeName") or MAKER)[:LONGEST]
+    return MAKER if by == PERSON else by
