@@ -213,6 +213,12 @@ def test_what_cannot_be_held_is_refused(tmp_path: Path, name: str, variant: str)
         exported(name, variant, tmp_path)
     assert len(str(caught.value).splitlines()) <= 3
     assert not (tmp_path / "out").exists()
+    assert variant in HOLDS[advised(caught.value)]
+
+
+def advised(error: FormatError) -> str:
+    """The format that a refusal tells to use instead."""
+    return str(error).rpartition("use --format ")[2]
 
 
 SIDES = {"inputs": ["layers.1.mlp_in"], "targets": ["layers.1.mlp_out"]}
@@ -253,6 +259,7 @@ def test_every_map_comes_back_or_is_refused(
         with pytest.raises(FormatError, match=f"--format {name} cannot hold") as caught:
             formats.write(name, folder, tmp_path / "out")
         assert len(str(caught.value).splitlines()) <= 3 and not (tmp_path / "out").exists()
+        assert variant in MAPS[shape][advised(caught.value)]
         return
     notes = formats.write(name, folder, tmp_path / "out")
     (found,) = formats.read(tmp_path / "out")[1]

@@ -75,7 +75,7 @@ def write(sae_folder: Path, out: Path, features: list[int] | None = None) -> Not
 
 def _fill(folder: Path, own: Foreign) -> Notes:
     kinds = dict.fromkeys(cls.kind for cls in CLASSES.values())
-    foreign.check_kind("dictionary_learning", own, kinds, "use --format saelens")
+    foreign.check_kind("dictionary_learning", own, kinds)
     foreign.check_square("dictionary_learning", own)
     name, cls = _class_for(own)
     ours, notes = foreign.with_subtraction("dictionary_learning", own, cls.subtracts)

@@ -226,11 +226,20 @@ def refuse(name: str, what: str, instead: str) -> FormatError:
     return FormatError(f"--format {name} cannot hold {what}; {instead}")
 
 
-def check_kind(name: str, foreign: Foreign, kinds: Iterable[str], instead: str) -> None:
+def check_kind(name: str, foreign: Foreign, kinds: Iterable[str]) -> None:
     """Raise FormatError where the sparsity is not one of `kinds`."""
     if foreign.kind not in kinds:
         holds = " and ".join(kinds)
-        raise refuse(name, f"a {foreign.kind} autoencoder (it holds {holds})", instead)
+        what = f"a {foreign.kind} autoencoder (it holds {holds})"
+        raise refuse(name, what, instead_of_kind(foreign))
+
+
+def instead_of_kind(foreign: Foreign) -> str:
+    """What to do where a format lacks the sparsity: SAELens has all of them, but not as maps."""
+    sae, route = foreign.sae, foreign.route
+    is_map = (route and route.is_map) or sae.d_in != sae.d_out or sae.W_skip is not None
+    is_plain = not is_map and len(sae.sites) == 1
+    return f"use --format {'saelens' if is_plain else 'safetensors'}"
 
 
 def check_square(name: str, foreign: Foreign) -> None:

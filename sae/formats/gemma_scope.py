@@ -39,6 +39,7 @@ def write(sae_folder: Path, out: Path, features: list[int] | None = None) -> Not
 
 
 def _fill(folder: Path, own: Foreign) -> Notes:
+    foreign.check_kind("gemma_scope", own, KINDS)
     if own.sae.dtype == torch.bfloat16:
         what = "bfloat16, which numpy does not have"
         raise foreign.refuse("gemma_scope", what, "use --format gemma_scope_2")
@@ -54,7 +55,7 @@ def _fill(folder: Path, own: Foreign) -> Notes:
 
 def outward(name: str, own: Foreign) -> tuple[dict[str, Tensor], Notes]:
     """The tensors of TENSORS, and notes; FormatError for what the format `name` cannot hold."""
-    foreign.check_kind(name, own, KINDS, "use --format saelens")
+    foreign.check_kind(name, own, KINDS)
     foreign.check_map(name, own)
     ours, notes = foreign.with_subtraction(name, own, False)
     ours, changed = conventions.outward(own.kind, ours)

@@ -34,11 +34,10 @@ def write(sae_folder: Path, out: Path, features: list[int] | None = None) -> Not
 
 
 def _fill(folder: Path, own: Foreign) -> Notes:
-    instead = "use --format saelens"
     if own.kind == "topk":
         what = "a topk autoencoder without LayerNorm on its inputs"
-        raise foreign.refuse("openai", what, instead)
-    foreign.check_kind("openai", own, ("relu_l1",), instead)
+        raise foreign.refuse("openai", what, foreign.instead_of_kind(own))
+    foreign.check_kind("openai", own, ("relu_l1",))
     foreign.check_square("openai", own)
     ours, notes = foreign.with_subtraction("openai", own, True)
     state = {theirs: ours[name] for theirs, name in _NAMES.items()}

@@ -56,7 +56,7 @@ def write(sae_folder: Path, out: Path, features: list[int] | None = None) -> Not
 
 
 def _fill(folder: Path, own: Foreign) -> Notes:
-    foreign.check_kind("openmoss", own, FUNCTIONS, "use --format saelens")
+    foreign.check_kind("openmoss", own, FUNCTIONS)
     foreign.check_square("openmoss", own)
     ours, notes = foreign.with_subtraction("openmoss", own, False)
     theirs = {t: ours[name] for t, name in _NAMES.items()}

@@ -59,7 +59,7 @@ def write(sae_folder: Path, out: Path, features: list[int] | None = None) -> Not
 
 
 def _fill(folder: Path, own: Foreign) -> Notes:
-    foreign.check_kind("saelens", own, ARCHITECTURES, "use --format safetensors")
+    foreign.check_kind("saelens", own, ARCHITECTURES)
     architecture = _architecture_of(own)
     metadata, notes = _metadata(own)
     cfg: dict[str, Any] = {

@@ -43,7 +43,7 @@ def write(sae_folder: Path, out: Path, features: list[int] | None = None) -> Not
 
 
 def _fill(folder: Path, own: Foreign) -> Notes:
-    foreign.check_kind("sparsify", own, ("topk",), "use --format saelens")
+    foreign.check_kind("sparsify", own, ("topk",))
     name, notes = _name(own)
     inner = folder / folder_name(name)
     inner.mkdir()
