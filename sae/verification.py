@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from sae import config, store
+from sae import config, labels, store
 from sae.errors import SAEError
 from sae.records import FeatureDictionary
 from sae.store import Run
@@ -81,9 +81,21 @@ def _settings(run: Run) -> Finding:
 def _hashes(run: Run, folder: Path, others: list[Path]) -> Finding:
     """The files of one folder; those of `others` are told about where it is their turn."""
     inner = tuple(f"{other}{os.sep}" for other in others if folder in other.parents)
-    problems = [line for line in store.verify(folder) if not line.startswith(inner)]
+    given = f"{run.path / labels.FILE} is not in"  # people add labels to a run that is complete
+    problems = [line for line in store.verify(folder) if not line.startswith((*inner, given))]
+    if folder == run.path:
+        problems += _labels(folder)
     n = 0 if problems else len(store.read_manifest(folder)["files"])
     return Finding(_name(run, folder), f"{n} files of the expected size and SHA-256", problems)
+
+
+def _labels(run: Path) -> list[str]:
+    """What is wrong with the labels of a run's features, which no manifest covers."""
+    try:
+        labels.read(run, "")
+    except SAEError as error:
+        return [str(error)]
+    return []
 
 
 def _weights(run: Run, folder: Path) -> Finding:

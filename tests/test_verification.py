@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from tiny import overrides, save
 
-from sae import cli, formats, store, verification
+from sae import cli, formats, labels, store, verification
 from sae.autoencoder import SparseAutoencoder
 from sae.errors import RunError, SAEError
 from sae.records import FeatureDictionary
@@ -243,6 +243,14 @@ def test_of_several_saes_one_may_be_chosen(run: Path) -> None:
     assert not any("second" in finding.what or finding.problems for finding in one)
     with pytest.raises(RunError, match="did you mean 'second'"):
         list(verification.verify(Run(run), "secnd"))
+
+
+def test_a_run_with_labels_is_well_unless_they_are_damaged(run: Path) -> None:
+    labels.write(run, store.sha256(run / "saes" / SITE / store.WEIGHTS), 3, labels.Label("cats"))
+    assert not any(finding.problems for finding in verification.verify(Run(run)))
+    (run / labels.FILE).write_text("[]")
+    (problem,) = [line for finding in verification.verify(Run(run)) for line in finding.problems]
+    assert "does not hold labels" in problem
 
 
 def test_an_evaluation_joins_the_manifest(run: Path) -> None:
