@@ -323,9 +323,10 @@ class _Text:
         self.bytes = b"".join(parts)
         self.around = _window_hashes(self.ids).ravel()
 
-    def between(self, start: int, stop: int) -> str:
-        """The text of tokens `start` to `stop` of the scan."""
-        return self.bytes[self.offsets[start] : self.offsets[stop]].decode()
+    def between(self, start: ndarray, stop: ndarray) -> list[str]:
+        """The text of tokens `start` to `stop` of the scan, for each pair."""
+        cuts = zip(self.offsets[start].tolist(), self.offsets[stop].tolist(), strict=True)
+        return [self.bytes[a:b].decode() for a, b in cuts]
 
     def save(self, file: Path) -> None:
         """Write tokens.safetensors: what examples refer to by row and column."""
@@ -389,39 +390,41 @@ class _Firings:
         """Top, interval and random examples, each kind by rank."""
         if not len(self.value):
             return
+        row, window = self.token // text.width, text.around[self.token]
         strongest = np.argsort(-self.value, kind="stable")
-        for rank, i in enumerate(self._distinct(strongest, text, settings.top)):
-            yield _Pick("top", rank, i, duplicates=self._duplicates(i, text))
+        for rank, i in enumerate(_distinct(strongest, row, window, settings.top)):
+            yield _Pick("top", rank, i, duplicates=_duplicates(i, row, window))
         edges = self.edges(settings.bins)[:: settings.bins // INTERVALS]
         shuffled = random.permutation(len(self.value))
         interval = _bin(self.value, edges)[shuffled]
         rank = 0
         for j in reversed(range(INTERVALS)):  # the strongest interval first
             members = shuffled[interval == j]
-            for i in self._distinct(members, text, settings.per_interval):
+            for i in _distinct(members, row, window, settings.per_interval):
                 yield _Pick("interval", rank, i, float(edges[j]), float(edges[j + 1]))
                 rank += 1
         drawn = random.permutation(len(self.value))[: settings.random]
         for rank, i in enumerate(drawn.tolist()):
             yield _Pick("random", rank, i)
 
-    def _distinct(self, order: ndarray, text: _Text, wanted: int) -> list[int]:
-        """The first of `order`, at most one in a sequence and one of several identical windows."""
-        rows, windows, found = set(), set(), []
-        for i in order.tolist() if wanted else ():
-            row, window = self.token[i] // text.width, text.around[self.token[i]]
-            if row not in rows and window not in windows:
-                rows.add(row)
-                windows.add(window)
-                found.append(i)
-                if len(found) == wanted:
-                    break
-        return found
 
-    def _duplicates(self, i: int, text: _Text) -> int:
-        """Other sequences in which the feature fires amid the same tokens."""
-        same = self.token[text.around[self.token] == text.around[self.token[i]]]
-        return len(np.unique(same // text.width)) - 1
+def _distinct(order: ndarray, row: ndarray, window: ndarray, wanted: int) -> list[int]:
+    """The first of `order`, at most one in a sequence and one of several identical windows."""
+    rows, windows, found = set(), set(), []
+    for i in map(int, order):  # few are looked at, so the order does not become a list
+        if len(found) == wanted:
+            break
+        if row[i] not in rows and window[i] not in windows:
+            rows.add(row[i])
+            windows.add(window[i])
+            found.append(i)
+    return found
+
+
+def _duplicates(i: int, row: ndarray, window: ndarray) -> int:
+    """Other sequences in which the feature fires amid the same tokens; `row` ascends."""
+    same = row[window == window[i]]
+    return int(np.count_nonzero(same[1:] != same[:-1]))
 
 
 @dataclass(frozen=True)
@@ -434,6 +437,10 @@ class _Pick:
     low: float | None = None
     high: float | None = None
     duplicates: int = 0
+
+
+_PICKED = ("kind", "rank", "low", "high", "duplicates")
+"""Columns of examples.parquet that a pick says itself."""
 
 
 def _bin(values: ndarray, edges: ndarray) -> ndarray:
@@ -679,8 +686,7 @@ def _write_tables(
                 row |= spill.company(feature, firings, settings.listed)
                 rows.append(row | {"feature": feature, "map_xy": xy[feature].tolist()})
                 random = np.random.default_rng([settings.seed, feature])
-                for pick in firings.examples(text, settings, random):
-                    picks.add(feature, firings, pick)
+                picks.add(feature, firings, [*firings.examples(text, settings, random)])
                 if len(rows) == FEATURES_AT_ONCE or feature == stop - 1:
                     features.add(pa.Table.from_pylist(rows, FEATURES_SCHEMA))
                     examples.add(picks.table())
@@ -736,32 +742,31 @@ class _Examples:
         self.text = text
         self.columns: dict[str, list[Any]] = {name: [] for name in EXAMPLES_SCHEMA.names}
 
-    def add(self, feature: int, firings: _Firings, pick: _Pick) -> None:
-        """One example with the feature's activations over the whole of its sequence."""
-        text, at = self.text, int(firings.token[pick.index])
-        row, column = divmod(at, text.width)
+    def add(self, feature: int, firings: _Firings, picks: Sequence[_Pick]) -> None:
+        """The examples of a feature, each with its activations over the whole of its sequence."""
+        text, index = self.text, np.array([pick.index for pick in picks], np.int64)
+        at = firings.token[index]
+        row, column = np.divmod(at, text.width)
         begin, end = row * text.width, (row + 1) * text.width
-        own = slice(*np.searchsorted(firings.token, [begin, end]))
-        values = {
-            "feature": feature,
-            "kind": pick.kind,
-            "rank": pick.rank,
-            "document": text.document[row, column],
-            "position": text.position[row, column],
-            "row": row,
-            "column": column,
-            "peak": firings.value[pick.index],
-            "low": pick.low,
-            "high": pick.high,
-            "duplicates": pick.duplicates,
-            "before": text.between(max(begin, at - BEFORE), at),
+        cuts = (np.searchsorted(firings.token, edge).tolist() for edge in (begin, end))
+        own = [slice(*cut) for cut in zip(*cuts, strict=True)]
+        placed = zip(own, begin.tolist(), strict=True)
+        columns = {
+            "feature": [feature] * len(picks),
+            **{name: [getattr(pick, name) for pick in picks] for name in _PICKED},
+            "document": text.document[row, column].tolist(),
+            "position": text.position[row, column].tolist(),
+            "row": row.tolist(),
+            "column": column.tolist(),
+            "peak": firings.value[index].tolist(),
+            "before": text.between(np.maximum(begin, at - BEFORE), at),
             "token": text.between(at, at + 1),
-            "after": text.between(at + 1, min(end, at + 1 + AFTER)),
-            "indices": (firings.token[own] - begin).astype(np.int32),
-            "values": firings.value[own],
+            "after": text.between(at + 1, np.minimum(end, at + 1 + AFTER)),
+            "indices": [(firings.token[part] - start).astype(np.int32) for part, start in placed],
+            "values": [firings.value[part] for part in own],
         }
-        for name, value in values.items():
-            self.columns[name].append(value)
+        for name, values in columns.items():
+            self.columns[name] += values
 
     def table(self) -> pa.Table:
         """The rows of examples.parquet."""
