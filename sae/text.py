@@ -62,7 +62,8 @@ class TokenPieces:
             stop = start
             while stop < len(found) and not found[stop][1]:
                 stop += 1
-            pieces += _resolve([raw for raw, _ in found[start:stop]])
+            if stop > start:
+                pieces += _resolve([raw for raw, _ in found[start:stop]])
             if stop < len(found):
                 pieces.append(found[stop][1] or "")
             start = stop + 1
