@@ -22,6 +22,8 @@ from sae.errors import ConfigError, FormatError, RunError, SAEError, suggest
 from sae.text import visible
 
 LONG = 500
+_IMPORTED = {"hookpoints", "inputs", "targets", "output", "model", "data"}
+"""Settings, and groups of them, that an imported run takes."""
 VERBS: dict[str, tuple[str, Callable[[list[str]], int | None]]] = {}
 
 
@@ -561,9 +563,7 @@ def import_(args: list[str]) -> None:
         "--allow_pickle_file", action="store_true", help="read tensors, and nothing else, of a .pt"
     )
     for flag in config.flags():
-        if flag.name in ("hookpoints", "inputs", "targets", "output") or flag.name.split(".")[
-            0
-        ] in ("model", "data"):
+        if flag.name.partition(".")[0] in _IMPORTED:
             parser.add_argument(
                 f"--{flag.name}",
                 nargs="+" if flag.many else None,

@@ -25,6 +25,7 @@ from exchange import environment
 
 from sae import builtin, formats, hooks, planning, training
 from sae.config import resolve
+from sae.features import AFTER, BEFORE
 from sae.formats import hookpoints
 from sae.records import FeatureDictionary
 from sae.runs import open_run, scan_run
@@ -48,8 +49,6 @@ ROUNDED = 1.1e-3
 """SAEDashboard 0.8 keeps 3 decimals."""
 GOAL = 10
 """Of the ratio of CPU times; the clock counts what else the machine does."""
-BEFORE, AFTER = 10, 5
-"""Tokens around a mark that make two texts the same, as in the dictionary."""
 
 
 def main() -> None:

@@ -221,7 +221,6 @@ class _Maker:
     def _sequence(self, example: Example, column: int, interval: dict[str, float]) -> Shown:
         """The whole sequence but its first token, as SAEDashboard has it."""
         self.dictionary.check_example(example)
-        texts, n = self._text(example.row), self.source.width - 1
         n, norm = self.source.width - 1, self.norms[example.feature]
         pairs = zip(example.indices, example.values, strict=True)
         fired = [(index - 1, round(value * norm, PLACES)) for index, value in pairs if index]
@@ -230,7 +229,8 @@ class _Maker:
             values[index] = repr(value)
         best = max(fired, key=itemgetter(1), default=(0, 0.0))
         least = min(fired, key=itemgetter(1))[1] if len(fired) == n > 0 else 0.0
-        return Shown(interval, texts, in_list(values), column - 1, best, least)
+        tokens = self._text(example.row)
+        return Shown(interval, tokens, in_list(values), column - 1, best, least)
 
     def _text_of(self, row: int) -> str:
         """The tokens of a sequence but the first, as JSON."""
