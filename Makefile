@@ -28,7 +28,7 @@ quickstart: install
 	$(RUN) scripts/quickstart.py
 
 test: install
-	$(RUN) -m pytest -n 2 --dist loadgroup
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 exchange: install
 	$(RUN) scripts/exchange.py --peers $(PEERS)

@@ -44,8 +44,6 @@ from sae.store import OWN_KEYS, Run, read_manifest, write_manifest
 TOKEN = "token-of-the-test"
 FEATURE = 30
 
-pytestmark = pytest.mark.xdist_group("browser")  # one run, one server and one Chromium for all
-
 
 @pytest.fixture(scope="module")
 def pages(made: Planted) -> Pages:

@@ -31,7 +31,6 @@ from sae.records import FeatureDictionary
 from sae.store import Run, sha256
 
 SITE = "layers.1.mlp_act"
-pytestmark = pytest.mark.xdist_group("cli")  # whose run takes long to make: once is enough
 
 
 def flags(folder: Path, **changes: str) -> list[str]:
