@@ -392,6 +392,11 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
+def read_metadata(folder: str | Path) -> dict[str, Any]:
+    """Where an SAE belongs and how it was trained, as far as its folder says; FormatError."""
+    return read_config(folder).get("metadata") or {}
+
+
 def _check_config(config: dict[str, Any]) -> None:
     """Raise ConfigError on what this version cannot build."""
     number = config.get("format")

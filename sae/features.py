@@ -28,7 +28,7 @@ from torch import Tensor
 
 from sae import hooks
 from sae.activations import forward_passes, read
-from sae.autoencoder import SparseAutoencoder, read_config
+from sae.autoencoder import SparseAutoencoder, read_metadata
 from sae.company import Cofiring, NeuronSample
 from sae.data import TokenBatch
 from sae.errors import DataError, ModelError
@@ -114,7 +114,7 @@ def scan(
         for name, path in saes.items():
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".scan-", dir=path))
             sae = SparseAutoencoder.from_pretrained(path, device=model.device)
-            route = Route.parse(name, read_config(path).get("metadata") or {})
+            route = Route.parse(name, read_metadata(path))
             spills.append(_Spill(Path(folder), route, sae, settings, len(saes)))
         batches = _upto(batches, n_tokens)
         text = _Text(_read(model, spills, batches, dtype, progress), TokenPieces(tokenizer))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sae import steps
 from sae.activations import Batch, Sites, Statistics
-from sae.autoencoder import DECODER_NORM, SparseAutoencoder, read_config
+from sae.autoencoder import DECODER_NORM, SparseAutoencoder, read_metadata
 from sae.config import Moment, TrainConfig, warmed_up
 from sae.kernels import StepStats
 from sae.memory import MicroBatch
@@ -106,7 +106,7 @@ class Learner:
 
         Raises FormatError where its scales are not those of as many hookpoints.
         """
-        found = read_config(folder).get("metadata") or {}
+        found = read_metadata(folder)
         reads = x.sites.rescaled(found.get("scale"))
         writes = None if y is None else y.sites.rescaled(found.get("scale_out"))
         device = x.mean.device

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sae import config as settings
 from sae import language_model
-from sae.autoencoder import SparseAutoencoder, read_config
+from sae.autoencoder import SparseAutoencoder, read_metadata
 from sae.errors import DataError, ModelError
 from sae.features import prompt_features
 from sae.hooks import replace
@@ -137,7 +137,7 @@ def open_probe(run: Path, sae: str, device: str = "auto") -> LiveProbe:
     config = settings.load(run / "config.yaml")
     lm = language_model.load(config.model, pick_device(device))
     loaded = SparseAutoencoder.from_pretrained(folder, device=lm.model.device)
-    origin = read_config(folder).get("metadata") or {}
+    origin = read_metadata(folder)
     return LiveProbe(lm, loaded, Route.parse(read_manifest(folder)["hookpoint"], origin))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from sae import formats, hub
-from sae.autoencoder import read_config
+from sae.autoencoder import read_config, read_metadata
 from sae.errors import FormatError
 from sae.store import MANIFEST, Run, features_folder, read_manifest
 from sae.untrusted import read_json
@@ -129,7 +129,7 @@ def card(
 
 def _facts(folder: Path) -> dict[str, Any]:
     """What cfg.yaml and the manifest of an SAE say of its origin."""
-    metadata = read_config(folder).get("metadata") or {}
+    metadata = read_metadata(folder)
     return {**metadata, **(read_manifest(folder) if (folder / MANIFEST).is_file() else {})}
 
 

@@ -65,8 +65,8 @@ def gemma_scope(job: dict[str, str], saved: Path) -> Callable[[Tensor], Both]:
     from sae_lens import SAE
     from sae_lens.loading import pretrained_sae_loaders as loaders
 
-    of = {"mlp": "gemma_2_sae_huggingface_loader"}
-    load = getattr(loaders, of.get(kind, "gemma_2_transcoder_huggingface_loader"))
+    what = "sae" if kind == "mlp" else "transcoder"
+    load = getattr(loaders, f"gemma_2_{what}_huggingface_loader")
     d_in, d_sae = np.load(file)["W_enc"].shape
     widths = {"d_in": d_in, "d_sae": d_sae}
     if kind == "transcoders":

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sae import config, hooks, language_model
-from sae.autoencoder import DTYPES, SparseAutoencoder, read_config
+from sae.autoencoder import DTYPES, SparseAutoencoder, read_metadata
 from sae.errors import ConfigError, FormatError, ModelError, SAEError
 from sae.formats.tables import provenance
 from sae.hooks import Hookpoint
@@ -76,6 +76,12 @@ class Foreign:
         return Route.parse("", self.facts) if known else None
 
     @property
+    def is_map(self) -> bool:
+        """Whether it rebuilds something else than it reads, or has a dense map."""
+        sae, route = self.sae, self.route
+        return bool(route and route.is_map) or sae.d_in != sae.d_out or sae.W_skip is not None
+
+    @property
     def hookpoint(self) -> Hookpoint | None:
         """Where it reads, None where that is not known, or not one place."""
         return self.route.points[0] if self.route and not self.route.is_map else None
@@ -121,7 +127,7 @@ def opened(sae_folder: Path, features: list[int] | None = None) -> Foreign:
     sae = SparseAutoencoder.from_pretrained(sae_folder)
     if features is not None:
         sae = selected(sae, features)
-    metadata = read_config(sae_folder).get("metadata") or {}
+    metadata = read_metadata(sae_folder)
     manifest = read_manifest(sae_folder) if (sae_folder / MANIFEST).is_file() else {}
     facts = {**metadata, **provenance(manifest, features)}
     facts |= settings_of_run(sae_folder, features)
@@ -147,7 +153,7 @@ def ends_of(
 
     Raises FormatError for several side by side, which the format `name` has no place for.
     """
-    origin = read_config(sae_folder).get("metadata") or {}
+    origin = read_metadata(sae_folder)
     route = Route.parse(str(manifest["hookpoint"]), origin)
     if len(route.inputs) + len(route.targets) > 2:
         what = f"several hookpoints side by side ({route})"
@@ -236,9 +242,7 @@ def check_kind(name: str, foreign: Foreign, kinds: Iterable[str]) -> None:
 
 def instead_of_kind(foreign: Foreign) -> str:
     """What to do where a format lacks the sparsity: SAELens has all of them, but not as maps."""
-    sae, route = foreign.sae, foreign.route
-    is_map = (route and route.is_map) or sae.d_in != sae.d_out or sae.W_skip is not None
-    is_plain = not is_map and len(sae.sites) == 1
+    is_plain = not foreign.is_map and len(foreign.sae.sites) == 1
     return f"use --format {'saelens' if is_plain else 'safetensors'}"
 
 
@@ -265,7 +269,7 @@ def check_map(name: str, foreign: Foreign) -> bool:
     if len(sae.sites) > 1 or (route and len(route.inputs) + len(route.targets) > 2):
         what = f"several hookpoints side by side ({route})"
         raise refuse(name, what, "use --format safetensors")
-    return bool(route and route.is_map) or sae.d_in != sae.d_out or sae.W_skip is not None
+    return foreign.is_map
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sae import fingerprint
-from sae.autoencoder import CONFIG, SparseAutoencoder, read_config
+from sae.autoencoder import CONFIG, SparseAutoencoder, read_metadata
 from sae.fingerprint import FINGERPRINT
 from sae.formats import foreign
 from sae.formats.foreign import Foreign, Notes
@@ -21,7 +21,7 @@ def write(sae_folder: Path, out: Path, features: list[int] | None = None) -> Not
     """
     files = (WEIGHTS, CONFIG, FINGERPRINT)
     check_files(sae_folder, *files)
-    metadata = read_config(sae_folder).get("metadata") or {}
+    metadata = read_metadata(sae_folder)
     facts = _facts(sae_folder, metadata, features)
     chosen = None
     if features is not None:
@@ -60,7 +60,7 @@ def recognises(source: Path) -> bool:
 
 def read(source: Path) -> list[Foreign]:
     """The autoencoder of a folder as `write` leaves it."""
-    metadata = read_config(source).get("metadata") or {}
+    metadata = read_metadata(source)
     sae = SparseAutoencoder.from_pretrained(source)
     known = foreign.known_facts(source, source / WEIGHTS)
     return [Foreign(sae, foreign.own_facts(metadata | known))]
