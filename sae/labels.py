@@ -4,7 +4,8 @@
 again, and the features are others.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,27 +46,29 @@ def read(run: Path, sae_sha256: str) -> dict[int, Label]:
 
 def write(run: Path, sae_sha256: str, feature: int, label: Label | None) -> None:
     """Give a feature a label, or take it away; RunError for one that is too long."""
-    _change(run, sae_sha256, {feature: label})
+    stored = label and _stored(label)
+    with _changing(run, sae_sha256) as own:
+        own.pop(str(feature), None)
+        if stored is not None:
+            own[str(feature)] = stored
 
 
 def add(run: Path, sae_sha256: str, given: Mapping[int, Label]) -> list[int]:
     """Give features labels, but for those that a person has labelled, which are returned."""
-    own = read(run, sae_sha256)
-    kept = [feature for feature in given if feature in own and own[feature].by == PERSON]
-    _change(run, sae_sha256, {f: label for f, label in given.items() if f not in kept})
-    return kept
+    stored = {str(feature): _stored(label) for feature, label in given.items()}
+    with _changing(run, sae_sha256) as own:
+        kept = {feature for feature in stored if own.get(feature, {}).get("by") == PERSON}
+        own.update({feature: facts for feature, facts in stored.items() if feature not in kept})
+    return [feature for feature in given if str(feature) in kept]
 
 
-def _change(run: Path, sae_sha256: str, given: Mapping[int, Label | None]) -> None:
-    sound = {feature: label and _stored(label) for feature, label in given.items()}
+@contextmanager
+def _changing(run: Path, sae_sha256: str) -> Iterator[dict[str, dict[str, str]]]:
+    """What the file holds for an SAE, to be changed while no other process writes it."""
     try:
         with filelock.FileLock(run / ".labels.lock", timeout=10):
             labels = _load(run / FILE)
-            own = labels.setdefault(sae_sha256, {})
-            for feature, label in sound.items():
-                own.pop(str(feature), None)
-                if label is not None:
-                    own[str(feature)] = label
+            yield labels.setdefault(sae_sha256, {})
             write_json(run / FILE, labels)
     except filelock.Timeout:
         raise RunError(f"{run / FILE} is being written by another process; try again") from None

@@ -2,8 +2,11 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import filelock
 import pytest
 from planted import Planted
 
@@ -53,6 +56,22 @@ def test_what_a_person_says_stays(run: Path) -> None:
     given = {n: Label(f"number {n}", "another machine") for n in (3, 4, 5)}
     assert labels.add(run, "a", given) == [3]
     assert labels.read(run, "a") == {3: Label("cats"), 4: given[4], 5: given[5]}
+
+
+def test_what_a_person_says_while_a_machine_waits_stays(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = filelock.FileLock
+
+    @contextmanager
+    def held_by_a_person(*args: object, **options: object) -> Iterator[None]:
+        monkeypatch.setattr(filelock, "FileLock", lock)
+        labels.write(run, "a", 3, Label("mine"))
+        yield
+
+    monkeypatch.setattr(filelock, "FileLock", held_by_a_person)
+    assert labels.add(run, "a", {3: Label("cats", "a machine")}) == [3]
+    assert labels.read(run, "a") == {3: Label("mine")}
 
 
 def test_half_a_character_is_replaced(run: Path) -> None:
