@@ -219,6 +219,14 @@ class ReluL1Config(L1Config):
     p_ramp: Span = (0.1, 0.9)
     """From which to which share of the tokens the power goes from 1 to p_end."""
 
+    @model_validator(mode="after")
+    def _moves(self) -> "ReluL1Config":
+        given = self.p_ramp != type(self).model_fields["p_ramp"].default
+        if given and self.p_end == 1:
+            wanted = "only where {other} is below 1"
+            raise _clash("p_ramp", [*self.p_ramp], wanted, "p_end", self.p_end)
+        return self
+
     def at(self, done: float) -> Moment:
         """The coefficient, and the power, which goes from 1 to `p_end` over `p_ramp`."""
         return replace(super().at(done), p=moving(1.0, self.p_end, done, self.p_ramp))

@@ -157,6 +157,11 @@ MISTAKES = [
         "sae.sparsity.target_l0: 8.0 came, wanted at most sae.d_sae (4); change either",
     ),
     (
+        "sae: {sparsity: {p_ramp: [0, 0.5]}}",
+        "sae.sparsity.p_ramp: [0.0, 0.5] came, wanted only where sae.sparsity.p_end (1.0) is below "
+        "1; change either",
+    ),
+    (
         "optim: {batch: 200000}",
         "optim.batch: 200000 came, wanted at most optim.pool (131072); change either",
     ),
