@@ -125,7 +125,10 @@ class Plan(Inputs):
         sparsity, target = sparsity_of(self.config), self.config.sae.sparsity.wanted_l0()
         amount = f"{sparsity.l0_knob} {sparsity.config()[sparsity.l0_knob]:g}"
         steered = f"L0 {target:g} by steering {sparsity.l0_knob}" if target else amount
-        return f"{sparsity.kind} {steered}{' and W_skip' if self.config.sae.skip else ''}"
+        p = self.config.sae.sparsity.at(1.0).p
+        power = f", p 1 → {p:g}" if p != 1 else ""
+        skip = " and W_skip" if self.config.sae.skip else ""
+        return f"{sparsity.kind} {steered}{power}{skip}"
 
 
 def plan(config: TrainConfig, *, resuming: bool = False) -> Plan:

@@ -35,6 +35,12 @@ def test_a_plan_says_what_it_reads_makes_and_needs(folder: Path) -> None:
     assert files(folder) == before
 
 
+def test_a_plan_says_what_its_penalty_comes_to(folder: Path) -> None:
+    wanted = {"kind": "relu_l1", "target_l0": 8, "p_end": 0.3}
+    line = dict(planned(folder, {"sae.sparsity": wanted}).lines())["SAE"]
+    assert line.endswith("relu_l1 L0 8 by steering l1, p 1 → 0.3")
+
+
 @pytest.mark.parametrize(
     ("name", "line", "numbers"),
     [
