@@ -339,9 +339,9 @@ def _sparse_step(
     mse = error.square().sum() / n
     loss, size, missed = mse, mse.new_zeros(()), mse.new_zeros(())
     if penalty is not None:
-        value, norms = active.value.to(sae.W_dec.dtype), penalty.norms[active.feature]
-        sums = _sums_by_feature(active.feature, penalty.slope(norms, value), d_sae)
-        size = penalty.add(grads, sae, sums, penalty.total(value, norms))
+        slope, total = penalty.to_norms(active.value.to(sae.W_dec.dtype), active.feature)
+        sums = _sums_by_feature(active.feature, slope, d_sae)
+        size = penalty.add(grads, sae, sums, total)
         loss = mse + penalty.coef * size
     if sae.W_skip is not None:
         grads.W_skip = centred.T @ (error * (2 / n))
@@ -419,16 +419,22 @@ class _Penalty:
         """Of (one · other)^p to `one`; activations and norms stand in it alike."""
         return other if self.p == 1 else other * slope_of_power(one * other, self.p)
 
-    def total(self, acts: Tensor, norms: Tensor) -> Tensor | float:
-        """Σ (acts · norms)^p; 0 where p is 1, for which `add` needs only the sums."""
-        return 0.0 if self.p == 1 else power(acts * norms, self.p).sum()
+    def to_norms(self, acts: Tensor, feature: Tensor | slice) -> tuple[Tensor, Tensor | float]:
+        """Slope to the norm of each `feature`, and Σ (acts · norms)^p.
+
+        Where p is 1 no norm is read and the sum is 0: `add` has it from the slopes.
+        """
+        if self.p == 1:
+            return acts, 0.0
+        norms = self.norms[feature]
+        return self.slope(norms, acts), power(acts * norms, self.p).sum()
 
     def add(
         self, grads: Gradients, sae: Weights, sums: Float[Tensor, " d_sae"], total: Tensor | float
     ) -> Float[Tensor, ""]:
         """Add its gradient to the decoder; the penalty without its coefficient.
 
-        `sums`: over the tokens of its slope to each norm; `total`: of what `total` gives.
+        `sums`: over the tokens of its slope to each norm; `total`: with that, of `to_norms`.
         """
         parts = (matrix.split([*sae.sites], dim=1) for matrix in (grads.W_dec, sae.W_dec))
         for grad, rows, norms in zip(*parts, self.by_site, strict=True):
@@ -450,8 +456,9 @@ def _dense_relu_step(
         acts = pre.relu_()
         error = (acts @ W_dec).to(sae.W_dec.dtype) + sae.b_dec - y[tokens]
         squares += error.square().sum()
-        sums += penalty.slope(penalty.norms, acts).sum(0, dtype=sums.dtype)
-        total += penalty.total(acts, penalty.norms)
+        slope, part = penalty.to_norms(acts, slice(None))
+        sums += slope.sum(0, dtype=sums.dtype)
+        total += part
         fired += acts.sign().sum(0, dtype=sums.dtype)
         d_recon = error * (2 / n)
         grads.b_dec += d_recon.sum(0)
