@@ -40,6 +40,13 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), error
 
 
+def plus_minus(error: float, form: str) -> str:
+    """A standard error for a table; as many blanks where a single value has none."""
+    single = math.isnan(error)
+    text = f" ± {0.0 if single else error:{form}}"
+    return " " * len(text) if single else text
+
+
 class Point(NamedTuple):
     """One amount and width: means over the seeds and their standard errors."""
 
@@ -125,8 +132,9 @@ def main() -> None:
     print(f"width   {sparsity.l0_knob:>5}   L0             FVU                dead    on the front")
     for p in points:
         print(
-            f"{p.width:5}   {p.amount:5g}   {p.l0:5.1f} ± {p.l0_error:4.1f}   "
-            f"{p.fvu:.4f} ± {p.fvu_error:.4f}   {p.dead:6.1%}   {'yes' if p in best else ''}"
+            f"{p.width:5}   {p.amount:5g}   {p.l0:5.1f}{plus_minus(p.l0_error, '4.1f')}   "
+            f"{p.fvu:.4f}{plus_minus(p.fvu_error, '.4f')}   {p.dead:6.1%}   "
+            f"{'yes' if p in best else ''}"
         )
     draw(points, f"{sparsity.kind}, {args.tokens:,} tokens an SAE", args.out / "sweep.png")
     print(f"{time.perf_counter() - start:.0f} s; rows in {args.rows}, figure in {args.out}")
