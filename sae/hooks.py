@@ -166,6 +166,11 @@ class Hookpoint:
         """The path behind 'module:', None for the named sites."""
         return self.name.removeprefix("module:") if self.name.startswith("module:") else None
 
+    @property
+    def space(self) -> str:
+        """What its activations are vectors of: the residual stream, but for neurons and modules."""
+        return self.name if self.site in (None, "mlp_act") else "the residual stream"
+
     def __lt__(self, other: "Hookpoint") -> bool:
         return self._order < other._order
 

@@ -58,6 +58,7 @@ def import_run(
         raise FormatError(f"{source} holds no autoencoder of format {name}")
     places = {name: overrides.pop(name) for name in _PLACES if overrides.get(name) is not None}
     routes = _routes(source, found, places)
+    _check_widths(source, routes, found)
     config = _config(found, routes, overrides)
     notes = [note for foreign in found for note in foreign.notes]
     data = found[0].says("data")
@@ -143,6 +144,18 @@ def _routes(source: Path, found: list[Foreign], given: Mapping[str, object]) -> 
             f"{source} holds several autoencoders of one hookpoint, or maps; import each alone"
         )
     return known
+
+
+def _check_widths(source: Path, routes: list[Route], found: list[Foreign]) -> None:
+    """Raise FormatError for a route that no model has with the widths of its autoencoder."""
+    for route, foreign in zip(routes, found, strict=True):
+        sae = foreign.sae
+        if why := route.contradiction(sae.d_in, sae.sites):
+            raise FormatError(
+                f"{source} reads width {sae.d_in} and rebuilds {' + '.join(map(str, sae.sites))}, "
+                f"which {route} cannot have: {why};\ngive --hookpoints, or of a map --inputs and "
+                "--targets, as it was trained"
+            )
 
 
 def _points(given: object) -> tuple[Hookpoint, ...]:

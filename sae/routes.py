@@ -55,6 +55,22 @@ class Route:
         """Whether what is rebuilt is not what is read."""
         return self.inputs != self.targets
 
+    def contradiction(self, d_in: int, widths: Sequence[int]) -> str | None:
+        """Why no model has it with inputs of d_in in all and targets of these widths, if so."""
+        if len(widths) != len(self.targets):
+            return f"the targets are {len(widths)} side by side, {len(self.targets)} came"
+        wide: list[tuple[str, float]]
+        wide = [(point.space, width) for point, width in zip(self.targets, widths, strict=True)]
+        if len(read := {point.space for point in self.inputs}) == 1:
+            wide.append((read.pop(), d_in / len(self.inputs)))
+        if not self.is_map:
+            wide += [("what is rebuilt from itself", width) for width in (d_in, sum(widths))]
+        known: dict[str, float] = {}
+        for space, width in wide:
+            if known.setdefault(space, width) != width:
+                return f"{space} would have the widths {known[space]:g} and {width:g}"
+        return None
+
     def x(self, acts: Mapping[Hookpoint, Float[Tensor, "n _"]]) -> Float[Tensor, "n d_in"]:
         """What it reads."""
         return _side_by_side(acts[point] for point in self.inputs)

@@ -116,6 +116,25 @@ def test_a_map_that_does_not_say_its_place_is_given_one(tmp_path: Path) -> None:
     assert torch.equal(SparseAutoencoder.from_pretrained(folder).W_dec, sae.W_dec)
 
 
+@pytest.mark.parametrize(
+    ("d_out", "places", "why"),
+    [
+        (5, SIDES, "the residual stream would have the widths 5 and 8"),
+        (5, {"hookpoints": SIDES["inputs"]}, "layers.1.mlp_in cannot have"),
+        (8, SIDES | {"targets": ["layers.1.mlp_out"] * 2}, "1 side by side, 2 came"),
+    ],
+)
+def test_places_that_contradict_the_widths_are_refused(
+    tmp_path: Path, d_out: int, places: dict[str, list[str]], why: str
+) -> None:
+    source = saved(tmp_path / "theirs", make_map("transcoder", "topk", d_out=d_out), **ROUTE)
+    given = {"output": str(tmp_path / "run"), "model.name": "builtin:"}
+    with pytest.raises(FormatError, match=r"\ngive --hookpoints, or of a map") as caught:
+        import_run(source, overrides=given | places)
+    assert why in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
 def test_mistakes(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no such file or folder"):
         import_run(tmp_path / "nothing", overrides={"output": str(tmp_path / "run")})

@@ -1,5 +1,5 @@
-"""A route is found again from what an SAE says of itself, has a name fit for a folder, and lays
-activations side by side in its own order."""
+"""A route is found again from what an SAE says of itself, has a name fit for a folder, lays
+activations side by side in its own order, and tells widths that cannot be its own."""
 
 import re
 
@@ -11,6 +11,7 @@ from sae.hooks import Hookpoint
 from sae.routes import Route
 
 IN, OUT = Hookpoint("layers.2.mlp_in"), Hookpoint("layers.2.mlp_out")
+NEURONS = Hookpoint("layers.2.mlp_act")
 ALL = tuple(Hookpoint(f"layers.{layer}.mlp_out") for layer in range(4))
 ROUTES = {
     "layers.2.mlp_out": Route.at(OUT),
@@ -53,3 +54,25 @@ def test_activations_lie_side_by_side_in_the_order_asked_for() -> None:
     assert route.points == [IN, ALL[3], ALL[1]] and route.is_map
     plain = Route.at(IN)
     assert plain.x(acts) is acts[IN] and not plain.is_map
+
+
+@pytest.mark.parametrize(
+    ("route", "d_in", "widths", "why"),
+    [
+        (Route((IN,), (OUT,)), 8, [8], None),
+        (Route((IN,), (OUT,)), 8, [5], "the residual stream would have the widths 5 and 8"),
+        (Route((IN,), (NEURONS,)), 8, [32], None),
+        (Route.at(NEURONS), 8, [5], "layers.2.mlp_act would have the widths 5 and 8"),
+        (Route.at(*ALL), 32, [8] * 4, None),
+        (Route.at(*ALL), 36, [9] * 3, "the targets are 3 side by side, 4 came"),
+        (Route.at(*ALL), 34, [8, 8, 8, 10], "the residual stream would have the widths 8 and 10"),
+        (Route.at(IN, NEURONS), 40, [8, 32], None),
+        (Route.at(IN, NEURONS), 41, [8, 32], "rebuilt from itself would have the widths 41 and 40"),
+        (Route(ALL, (OUT,)), 8, [8], "the residual stream would have the widths 8 and 2"),
+    ],
+)
+def test_widths_that_no_model_has(
+    route: Route, d_in: int, widths: list[int], why: str | None
+) -> None:
+    found = route.contradiction(d_in, widths)
+    assert found is None if why is None else why in str(found)
