@@ -97,6 +97,19 @@ def test_of_many_makers_a_few_are_told(run: Path, tmp_path: Path) -> None:
     assert said.endswith(f"by m0, m1, m10 and {D_SAE - 3} more")
 
 
+@pytest.mark.parametrize(
+    ("model", "layer", "source"),
+    [(None, None, "an unnamed source"), ("tiny", None, "tiny"), ([1], "1-res-jb", "1-res-jb")],
+)
+def test_rows_that_do_not_name_their_source(
+    tmp_path: Path, model: object, layer: object, source: str
+) -> None:
+    bare = row("3", modelId=model, layer=layer)
+    assert explanations.read(packed(tmp_path / "a.jsonl.gz", bare)).source == source
+    with pytest.raises(FormatError, match=f"{source} and tiny/1-res-jb; give those of one source"):
+        explanations.read(packed(tmp_path / "b.jsonl.gz", bare, row("4")))
+
+
 def test_a_feature_that_is_not_there(run: Path, tmp_path: Path) -> None:
     file = packed(tmp_path / "batch-0.jsonl.gz", row("3"), row(str(D_SAE)))
     with pytest.raises(RunError, match=f"feature {D_SAE}: this SAE has features 0–{D_SAE - 1}"):

@@ -40,7 +40,7 @@ def read(source: Path) -> Explanations:
     again = cut = 0
     for where, row in _rows(source):
         feature, label, is_cut = _label(where, row)
-        sources[f"{row.get('modelId')}/{row.get('layer')}"] = None
+        sources[_source(row)] = None
         if len(sources) > 1:
             raise FormatError(
                 f"{where}: explanations of {' and '.join(sources)}; give those of one source"
@@ -90,6 +90,12 @@ def _lines(file: Path) -> Iterator[Any]:
     except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise FormatError(f"{file} cannot be read as explanations: {first}") from None
+
+
+def _source(row: dict[str, Any]) -> str:
+    """Model and layer, as far as the row names them."""
+    named = [part for name in ("modelId", "layer") if isinstance(part := row.get(name), str)]
+    return "/".join(filter(None, named)) or "an unnamed source"
 
 
 def _label(where: str, row: dict[str, Any]) -> tuple[int, Label, bool]:
