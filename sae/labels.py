@@ -4,6 +4,7 @@
 again, and the features are others.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,6 +22,8 @@ PERSON = "person"
 LONGEST = 400
 """Characters; longer ones are reasoning, not labels."""
 _BYTES = 1 << 28
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,10}")
+"""A feature, as JSON has it for a key: without zeros in front, and not beyond all dictionaries."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,7 @@ def _load(file: Path) -> dict[str, dict[str, Any]]:
 
 def _is_sound(labels: object) -> bool:
     return isinstance(labels, dict) and all(
-        feature.isascii()
-        and feature.isdigit()
+        _NUMBER.fullmatch(feature)
         and isinstance(facts, dict)
         and facts.keys() == {"text", "by"}
         and all(isinstance(text, str) for text in facts.values())

@@ -85,10 +85,20 @@ def test_labels_have_a_length(run: Path, text: str) -> None:
         labels.write(run, "a", 3, Label(text))
 
 
+def facts_of(feature: str) -> str:
+    return json.dumps({"a": {feature: {"text": "cats", "by": "person"}}})
+
+
 @pytest.mark.parametrize(
-    "text", ["[]", '{"a": 1}', '{"a": {"-1": {}}}', '{"a": {"1": {"text": 1, "by": 2}}}', "{"]
+    "text",
+    [
+        *("[]", '{"a": 1}', '{"a": {"-1": {}}}', '{"a": {"1": {"text": 1, "by": 2}}}', "{"),
+        *map(facts_of, ("9" * 5000, "03", "²", "1 ")),
+    ],
+    ids=lambda text: text[:20],
 )
 def test_a_file_that_holds_no_labels_is_named(run: Path, text: str) -> None:
     (run / labels.FILE).write_text(text)
-    with pytest.raises(FormatError, match=r"labels\.json"):
+    with pytest.raises(FormatError, match=r"labels\.json") as caught:
         labels.read(run, "a")
+    assert len(str(caught.value).splitlines()) <= 3
