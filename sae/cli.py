@@ -261,6 +261,8 @@ def _train(config, options: dict) -> int:
     from sae.progress import TrainingProgress
 
     run, saved = planning.output_of(config), None
+    if "resume" in options and resuming.is_complete(run):
+        resuming.check_complete(run, config)
     if options.get("resume") == "auto":
         if resuming.is_complete(run):
             print(f"{run} is complete; nothing to do")

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sae import checkpoint
+from sae import checkpoint, config
 from sae.checkpoint import Checkpoint
 from sae.config import TrainConfig
 from sae.errors import ConfigError, RunError
@@ -40,17 +40,27 @@ def is_complete(run: Path) -> bool:
     return read_manifest(run).get("ended", COMPLETE) in (COMPLETE, TEXT_ENDED)
 
 
+def check_complete(run: Path, chosen: TrainConfig) -> None:
+    """ConfigError where a run that is complete was trained with other settings."""
+    lines = list(_differences(config.load(run / "config.yaml").model_dump(mode="json"), chosen))
+    if lines:
+        raise ConfigError("\n".join([*lines, f"{run} is complete; --init-from trains it further"]))
+
+
 def check_config(saved: Checkpoint, chosen: TrainConfig) -> None:
     """ConfigError with a line for each setting that is not as the run was started with."""
-    before = dict(_flat(saved.facts["config"]))
-    lines = [
-        f"{key}: {value!r} came, the run to resume has {before.get(key)!r}; leave it out, or start "
-        "another run"
-        for key, value in _flat(chosen.model_dump(mode="json"))
-        if value != before.get(key) and key.partition(".")[0] not in FREE
-    ]
-    if lines:
+    if lines := list(_differences(saved.facts["config"], chosen)):
         raise ConfigError("\n".join(lines))
+
+
+def _differences(started_with: Mapping[str, Any], chosen: TrainConfig) -> Iterator[str]:
+    before = dict(_flat(started_with))
+    for key, value in _flat(chosen.model_dump(mode="json")):
+        if value != before.get(key) and key.partition(".")[0] not in FREE:
+            yield (
+                f"{key}: {value!r} came, the run to resume has {before.get(key)!r}; leave it out, "
+                "or start another run"
+            )
 
 
 def check_environment(saved: Checkpoint, plan: Plan, *, allow_changed: bool) -> list[str]:

@@ -293,6 +293,20 @@ def test_auto_resumes_begins_or_finds_it_done(
     assert weights(stopped) == weights(tmp_path / "fresh")
 
 
+@pytest.mark.parametrize("auto", [False, True])
+def test_other_settings_of_a_complete_run_are_named(
+    folder: Path, tmp_path: Path, auto: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = trained(folder, tmp_path / "complete")
+    given = overrides(folder) | {"output": str(run)} if auto else {}
+    options = [f"--{k}={v}" for k, v in given.items()]
+    options += ["--resume", "auto" if auto else str(run), "--optim.lr", "0.1"]
+    code, err = said(capsys, *options)
+    first, last = err.splitlines()
+    assert code == 2 and "optim.lr: 0.1 came, the run to resume has 0.002" in first
+    assert f"{run} is complete; --init-from trains it further" in last
+
+
 @pytest.mark.parametrize("text", ["0", "-3", "soon", "5 weeks", ""])
 def test_a_time_that_is_none(folder: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, err = said(capsys, f"--max-time={text}")
