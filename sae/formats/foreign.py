@@ -16,6 +16,7 @@ from torch import Tensor
 from sae import config, hooks, language_model
 from sae.autoencoder import DTYPES, SparseAutoencoder, read_metadata
 from sae.errors import ConfigError, FormatError, ModelError, SAEError
+from sae.formats import hookpoints
 from sae.formats.tables import provenance
 from sae.hooks import Hookpoint
 from sae.language_model import LanguageModel
@@ -48,6 +49,7 @@ _OWN = (
     ),
     "prefixes",
 )
+_MAPS_IN_SAELENS = ("relu_l1", "batchtopk", "jumprelu")
 
 Notes = list[str]
 
@@ -80,6 +82,12 @@ class Foreign:
         """Whether it rebuilds something else than it reads, or has a dense map."""
         sae, route = self.sae, self.route
         return bool(route and route.is_map) or sae.d_in != sae.d_out or sae.W_skip is not None
+
+    @property
+    def is_several(self) -> bool:
+        """Whether several hookpoints lie side by side in what it reads or rebuilds."""
+        sides = (self.route.inputs, self.route.targets) if self.route else ()
+        return len(self.sae.sites) > 1 or any(len(side) > 1 for side in sides)
 
     @property
     def hookpoint(self) -> Hookpoint | None:
@@ -237,18 +245,36 @@ def check_kind(name: str, foreign: Foreign, kinds: Iterable[str]) -> None:
     if foreign.kind not in kinds:
         holds = " and ".join(kinds)
         what = f"a {foreign.kind} autoencoder (it holds {holds})"
-        raise refuse(name, what, instead_of_kind(foreign))
+        raise refuse(name, what, instead_of(foreign))
 
 
-def instead_of_kind(foreign: Foreign) -> str:
-    """What to do where a format lacks the sparsity: SAELens has all of them, but not as maps."""
-    is_plain = not foreign.is_map and len(foreign.sae.sites) == 1
-    return f"use --format {'saelens' if is_plain else 'safetensors'}"
+def instead_of(foreign: Foreign) -> str:
+    """What to do where a format lacks it: take the tool that holds it, else our own format.
+
+    SAELens has every sparsity, of maps all that have thresholds and do not subtract b_dec;
+    sparsify has topk, and of maps a module's input to its output.
+    """
+    sae = foreign.sae
+    if foreign.is_several:
+        return "use --format safetensors"
+    if not foreign.is_map or (foreign.kind in _MAPS_IN_SAELENS and not sae.subtract_b_dec):
+        return "use --format saelens"
+    is_topk = foreign.kind == "topk" and sae.d_in == sae.d_out
+    return f"use --format {'sparsify' if is_topk and module_of(foreign) else 'safetensors'}"
+
+
+def module_of(foreign: Foreign) -> str | None:
+    """The module whose input it reads and whose output it rebuilds; None without one."""
+    route = foreign.route
+    if route is None or not route.is_map:
+        return None
+    (read, *_), (rebuilt, *_) = route.inputs, route.targets
+    return hookpoints.to_module_between(read, rebuilt, foreign.says("model"))
 
 
 def check_square(name: str, foreign: Foreign) -> None:
     """Raise FormatError for a map from one width to another, a dense map, and several sites."""
-    sae, instead = foreign.sae, "use --format safetensors"
+    sae, instead = foreign.sae, instead_of(foreign)
     if sae.d_in != sae.d_out:
         what = f"a map from width {sae.d_in} to {sae.d_out}: its input and output are the same"
         raise refuse(name, what, instead)
@@ -265,9 +291,8 @@ def check_map(name: str, foreign: Foreign) -> bool:
 
     Raises FormatError for several hookpoints side by side, which no other tool's files hold.
     """
-    sae, route = foreign.sae, foreign.route
-    if len(sae.sites) > 1 or (route and len(route.inputs) + len(route.targets) > 2):
-        what = f"several hookpoints side by side ({route})"
+    if foreign.is_several:
+        what = f"several hookpoints side by side ({foreign.route})"
         raise refuse(name, what, "use --format safetensors")
     return foreign.is_map
 

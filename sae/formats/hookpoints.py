@@ -136,6 +136,15 @@ def to_module(point: Hookpoint, model: str) -> Translation:
     return Translation(name.removeprefix(f"{layout.base}." if layout else ""), Match.EXACT)
 
 
+def to_module_between(read: Hookpoint, rebuilt: Hookpoint, model: str) -> str | None:
+    """The module, as `to_module` has it, whose input and output these are; None without one."""
+    ends = [to_nnsight(point, model).name for point in (read, rebuilt)]
+    name = ends[0].removesuffix(".input")
+    if ends != [f"{name}.input", f"{name}.output"]:
+        return None
+    return to_module(rebuilt, model).name
+
+
 def from_module(name: str, model: str = "") -> Translation:
     """A module path, counted from any parent, or with nnsight's `.input` and `.output`, to ours.
 

@@ -36,7 +36,7 @@ def write(sae_folder: Path, out: Path, features: list[int] | None = None) -> Not
 def _fill(folder: Path, own: Foreign) -> Notes:
     if own.kind == "topk":
         what = "a topk autoencoder without LayerNorm on its inputs"
-        raise foreign.refuse("openai", what, foreign.instead_of_kind(own))
+        raise foreign.refuse("openai", what, foreign.instead_of(own))
     foreign.check_kind("openai", own, ("relu_l1",))
     foreign.check_square("openai", own)
     ours, notes = foreign.with_subtraction("openai", own, True)

@@ -95,7 +95,7 @@ def _architecture_of(own: Foreign) -> str:
     names = TRANSCODERS if own.sae.W_skip is None else SKIP_TRANSCODERS
     if plain not in names or own.sae.subtract_b_dec:
         what = f"a {own.kind} map" + (" that subtracts b_dec" if own.sae.subtract_b_dec else "")
-        raise foreign.refuse("saelens", what, "use --format safetensors")
+        raise foreign.refuse("saelens", what, foreign.instead_of(own))
     return names[plain]
 
 

@@ -71,11 +71,15 @@ def _fill(folder: Path, own: Foreign) -> Notes:
 
 def _name(own: Foreign) -> tuple[str, Notes]:
     """The module that sparsify would hook, or our name with a note; FormatError for most maps."""
+    instead = foreign.instead_of(own)
     if foreign.check_map("sparsify", own) and own.sae.d_in != own.sae.d_out:
         what = f"a map from width {own.sae.d_in} to {own.sae.d_out}"
-        raise foreign.refuse("sparsify", what, "use --format safetensors")
+        raise foreign.refuse("sparsify", what, instead)
     if own.route and own.route.is_map:
-        return _module(own.route, own.says("model")), []
+        if (module := foreign.module_of(own)) is None:
+            what = f"{own.route}, which is no module's input and output"
+            raise foreign.refuse("sparsify", what, instead)
+        return module, []
     if own.hookpoint is None:
         return "sae", []
     there = hookpoints.to_module(own.hookpoint, own.says("model"))
@@ -85,16 +89,6 @@ def _name(own: Foreign) -> tuple[str, Notes]:
         f"{own.hookpoint} is no module's output, or of a model not known here: its folder says it"
     )
     return str(own.hookpoint), [f"{note} in our words"]
-
-
-def _module(route: Route, model: str) -> str:
-    """The module whose input a map reads and whose output it rebuilds."""
-    ends = [hookpoints.to_nnsight(side[0], model).name for side in (route.inputs, route.targets)]
-    name = ends[0].removesuffix(".input")
-    if ends != [f"{name}.input", f"{name}.output"]:
-        what = f"{route}, which is no module's input and output"
-        raise foreign.refuse("sparsify", what, "use --format safetensors")
-    return hookpoints.to_module(route.targets[0], model).name
 
 
 def read(source: Path) -> list[Foreign]:
