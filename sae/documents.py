@@ -83,6 +83,8 @@ def _local(source: str) -> Path | None:
         return None if _is_dataset(path) else path
     if path.is_file():
         return path
+    if path.exists():
+        raise DataError(f"data.source: {path} is a pipe or a device; save its text in a file")
     if path.suffix.lower() in READERS or source[0] in "./~" or source.count("/") > 1:
         raise DataError(f"data.source: no file or folder {path}{_near(source)}")
     return None

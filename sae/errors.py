@@ -44,6 +44,7 @@ class FormatError(SAEError):
 
 
 def suggest(name: str, options: Iterable[str]) -> str:
-    """The nearest of `options` as a clause to append to a message, or nothing."""
-    near = get_close_matches(name, list(options), n=1, cutoff=0.6)
+    """The nearest other of `options` as a clause to append to a message, or nothing."""
+    others = [option for option in options if option != name]
+    near = get_close_matches(name, others, n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else ""

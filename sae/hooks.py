@@ -133,16 +133,16 @@ class Hookpoint:
 
     def __post_init__(self) -> None:
         name = self.name.strip()
-        match = re.fullmatch(r"layers\.(\d+)\.(\w+)", name, re.ASCII)
+        match = re.fullmatch(r"layers\.([0-9]{1,9})\.(\w+)", name, re.ASCII)
         if match and match[2] in SITES:
             name = f"layers.{int(match[1])}.{match[2]}"
         elif not name.removeprefix("module:") or not name.startswith("module:"):
-            number = re.search(r"\d+", name)
+            number = re.search(r"(?<![0-9])[0-9]{1,9}(?![0-9])", name)
             layer = number[0] if number else "0"
             near = suggest(name, [f"layers.{layer}.{site}" for site in SITES])
             raise HookpointError(
-                f"hookpoint {name}: expected layers.<i>.<site> with a site of {', '.join(SITES)}, "
-                f"or module:<path>{near}"
+                f"hookpoint {name[:80]}: expected layers.<i>.<site> with a site of "
+                f"{', '.join(SITES)}, or module:<path>{near}"
             )
         object.__setattr__(self, "name", name)
 

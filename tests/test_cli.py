@@ -252,6 +252,12 @@ MISTAKES = {
         [TRAIN, "--hookpoints", "module:transformer.h.9"], ["no such module", "transformer.h.1"],
     ),
     "wild slip": ([TRAIN, "--hookpoints", "layers.*.mlpout"], ["nothing", "'layers.*.mlp_out'"]),
+    "layer of many digits": (
+        [TRAIN, "--hookpoints", f"layers.{'9' * 5000}.mlp_act"], ["layers.999", "layers 0-1"],
+    ),
+    "digits of another script": (
+        [TRAIN, "--hookpoints", "layers.１.mlp_act"], ["layers.１.", "'layers.0.mlp_act'"],
+    ),
     "mode": ([TRAIN, "--wandb.mode", "on"], ['wandb.mode: "on" came', "online, offline"]),
     "no such device": ([TRAIN, "--device", "gpu"], ['device: "gpu" came', "cuda:N"]),
     "no output": ([TRAIN, "--output", ""], ['output: "" came', "wanted text"]),
@@ -291,6 +297,7 @@ MISTAKES = {
     ),
     "pickles for text": ([TRAIN, "--data.source", "@pickles"], ["no text in @pickles", ".jsonl"]),
     "no data set": ([TRAIN, "--data.source", "nobody/no"], ["data.source: 'nobody/no'", "'train'"]),
+    "device for text": ([TRAIN, "--data.source", "/dev/null"], ["/dev/null is a pipe or a device"]),
     "empty source": ([TRAIN, "--data.source", ""], ['data.source: "" came', "wanted text"]),
     # weights to start from
     "start from a file": ([TRAIN, "--init_from", "@file"], ["init_from: @file", "no such folder"]),

@@ -160,6 +160,9 @@ def test_no_such_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused("~/no/such/folder", "no file or folder")
     refused("buitlin:facts", "did you mean 'builtin:facts'?")
     refused("builtin:fact", "no built-in text", "did you mean 'builtin:facts'?")
+    (tmp_path / "0.txt").symlink_to(tmp_path / "gone")
+    with pytest.raises(DataError, match=r"no file or folder 0\.txt$"):  # and not: did you mean it
+        read("0.txt")
     refused("nobody/nothing", "data.source: 'nobody/nothing'", "cannot be opened")
 
 

@@ -45,7 +45,11 @@ def test_transformer_lens_and_back(site: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["blocks.0.hook_mlp_in", "blocks.0.ln2.hook_normalized", "blocks.0.attn.hook_z", "hook_embed"],
+    [
+        *("blocks.0.hook_mlp_in", "blocks.0.ln2.hook_normalized", "blocks.0.attn.hook_z"),
+        *("hook_embed", f"blocks.{'9' * 5000}.hook_mlp_out"),
+    ],
+    ids=lambda name: name[:30],
 )
 def test_what_only_transformer_lens_has(name: str) -> None:
     assert from_transformer_lens(name).match is Match.NONE
@@ -94,6 +98,7 @@ def test_families_that_differ_are_told_apart() -> None:
     assert from_module(after, "google/gemma-3-1b-pt").name == "layers.4.mlp_out"
     assert from_module("layers.4.mlp.act_fn").match is Match.NONE  # the gate, not the neurons
     assert from_module("embed_tokens").match is Match.NONE
+    assert from_module(f"h.{'9' * 5000}.mlp").match is Match.NONE
 
 
 def test_model_types(tmp_path: Path) -> None:

@@ -219,7 +219,7 @@ def _facts(config: Settings) -> tuple[dict[str, Any], Notes]:
     if name is None:
         return facts, ["config.json does not say which submodule it reads"]
     side = {"in": ".input", "out": ".output"}.get(str(buffer.values.get("io")), "")
-    short = re.fullmatch(r"(resid_post|mlp_out|attn_out|attention_out)_layer_(\d+)", name)
+    short = re.fullmatch(r"(resid_post|mlp_out|attn_out|attention_out)_layer_(\d{1,9})", name)
     if short:
         site = short[1].replace("attention", "attn")
         return facts | {"hookpoint": f"layers.{int(short[2])}.{site}"}, []

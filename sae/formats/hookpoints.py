@@ -54,7 +54,7 @@ def to_transformer_lens(point: Hookpoint) -> Translation:
 
 def from_transformer_lens(name: str) -> Translation:
     """`blocks.2.mlp.hook_post` → `layers.2.mlp_act`; NONE keeps the name as it came."""
-    found = re.fullmatch(r"blocks\.(\d+)\.(\S+)", name, re.ASCII)
+    found = re.fullmatch(r"blocks\.(\d{1,9})\.(\S+)", name, re.ASCII)
     if not found or found[2] not in _SITES_OF_TRANSFORMER_LENS:
         return Translation(name, Match.NONE)
     site, match = _SITES_OF_TRANSFORMER_LENS[found[2]]
@@ -151,7 +151,7 @@ def from_module(name: str, model: str = "") -> Translation:
     `model` decides where families differ: its `model_type`, or what its name says. NONE keeps the
     name as it came.
     """
-    found = re.fullmatch(r"(?:\w+\.)*?(h|layers)\.(\d+)(?:\.(\S+))?", name, re.ASCII)
+    found = re.fullmatch(r"(?:\w+\.)*?(h|layers)\.(\d{1,9})(?:\.(\S+))?", name, re.ASCII)
     if not found:
         return Translation(name, Match.NONE)
     blocks, layer, inside = found[1], int(found[2]), found[3] or "output"
