@@ -66,7 +66,7 @@ for name, more in wrong:
 """
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def server() -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """The address of the stand-in, and its process."""
     command = [sys.executable, str(Path(__file__).with_name("hub_server.py"))]
@@ -110,27 +110,42 @@ def client(code: str, endpoint: str, home: Path, *, stopped: bool = False) -> st
     return done.stdout
 
 
-@pytest.mark.timeout(900)
-def test_there_and_back_and_once_more_without_the_server(
-    server: tuple[str, subprocess.Popen[str]], trained: Path, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def read(
+    server: tuple[str, subprocess.Popen[str]],
+    trained: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, tuple[str, Path]]:
+    """What the client of the running and of the stopped server printed, and the run it imported."""
     endpoint, process = server
+    folder = tmp_path_factory.mktemp("read")
+    runs = {name: folder / name for name in ("running", "stopped")}
+    before = PUSH.format(run=str(trained)) + READ.format(out=str(runs["running"])) + MISSING
+    running = client(before, endpoint, folder / "home")
+    process.kill()
+    process.wait()
+    again = READ.format(out=str(runs["stopped"]))
+    stopped = client(again, endpoint, folder / "home", stopped=True)
+    return {"running": (running, runs["running"]), "stopped": (stopped, runs["stopped"])}
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("server_is", ["running", "stopped"])
+def test_there_and_back(server_is: str, read: dict[str, tuple[str, Path]], trained: Path) -> None:
+    said, run = read[server_is]
     sae = SparseAutoencoder.from_pretrained(trained)
-    wanted = float(sae.W_dec.detach().double().sum())
-    for name, before, after in (
-        ("first", PUSH.format(run=str(trained)), MISSING),
-        ("again", "", ""),
-    ):
-        code = before + READ.format(out=str(tmp_path / name)) + after
-        said = client(code, endpoint, tmp_path / "home", stopped=name == "again")
-        sums, rows, code = json.loads(said.splitlines()[-1])
-        assert sums == [wanted] * 4 and rows[0] == sae.d_sae and rows[1] > 0 and code == 0
-        back = SparseAutoencoder.from_pretrained(tmp_path / name)
-        assert torch.equal(back.W_dec, sae.W_dec)
-        if name == "first":
-            assert f"published {endpoint}/me/tides" in said and "/datasets/me/tides" in said
-            process.kill()
-            process.wait()
+    sums, rows, code = json.loads(said.splitlines()[-1])
+    assert sums == [float(sae.W_dec.detach().double().sum())] * 4
+    assert rows[0] == sae.d_sae and rows[1] > 0 and code == 0
+    assert torch.equal(SparseAutoencoder.from_pretrained(run).W_dec, sae.W_dec)
+
+
+@pytest.mark.timeout(900)
+def test_a_push_says_where(
+    server: tuple[str, subprocess.Popen[str]], read: dict[str, tuple[str, Path]]
+) -> None:
+    said, _ = read["running"]
+    assert f"published {server[0]}/me/tides" in said and "/datasets/me/tides" in said
 
 
 def test_the_card_tells_numbers_and_how_to_load(trained: Path) -> None:
