@@ -4,9 +4,12 @@ A controller on logarithms, whose error is log(L0 / target). L0 answers a change
 like a first-order lag of some steps: a part of the coefficient proportional to the error, `lag`
 times the integral one, cancels it, so that L0 goes to the target without swinging. While the
 features improve, the coefficient that gives the target falls steadily: `trend` learns how fast,
-else L0 would stay above the target all along. All but the proportional part slows down with the
-root of the learning rate: L0 answers as slowly as that falls, and falls a little by itself. Both
-parts: Åström & Hägglund 1995, "PID Controllers".
+else L0 would stay above the target all along. Both parts: Åström & Hägglund 1995, "PID
+Controllers". While the learning rate falls, the trend slows down like it, as the features do, and
+the integral part like its root, as L0 answers more and more slowly.
+
+Features that have just been resampled are active on most tokens for some steps. That passes by
+itself, and a coefficient that answered it would kill them again: of a sudden rise little counts.
 
 Learned thresholds follow the penalty slowly, and no penalty at all can leave L0 below the target:
 the reconstruction holds them up. So all of them are moved together as well, which L0 answers at
@@ -29,11 +32,14 @@ STRENGTH = 0.9
 """e-folds of the coefficient, for an error of one e-fold: at once, and again over each lag."""
 FAR_ABOVE, FAR_BELOW = 1.0, 0.5
 """An L0 that is further off, in e-folds, counts as this far off."""
+SUDDEN = 0.1
+"""A rise above the target, or above the error before, counts up to this much, in e-folds."""
 NEAR = 0.3
-"""The trend is learnt from smaller errors than this: larger ones only say how it began. Nor do
-thresholds move faster for them."""
-PUSH = 0.1
-"""e-folds that thresholds are raised by at each step, for an error of one e-fold."""
+"""The trend is learnt from smaller errors than this: larger ones only say how it began."""
+PUSH, FASTEST = 0.3, 0.03
+"""e-folds that thresholds are raised by at each step: for an error of one e-fold, and at most. The
+reconstruction moves them by up to 0.01 (Adam's step), which leaves an error of 3 % until the
+learning rate falls."""
 KEEP = 0.8
 """What remains of the smoothed error at each step: it remembers some 5."""
 
@@ -50,7 +56,7 @@ class L0Control:
         self.error = -math.inf
         """log(L0 / target), smoothed; −∞ until L0 has been above the target."""
         self.trend = 0.0
-        """What log_factor moves by each step where the error is 0."""
+        """What log_factor moves by each step at the full rate where the error is 0."""
 
     @property
     def factor(self) -> float:
@@ -70,13 +76,14 @@ class L0Control:
             if early and error < 0:
                 return 0.0
             self.error = bounded
+        bounded = min(bounded, max(self.error, 0.0) + SUDDEN)
         before, self.error = self.error, KEEP * self.error + (1 - KEEP) * bounded
         gain, pace = STRENGTH / self.lag, math.sqrt(speed)
         if abs(self.error) < NEAR:
             self.trend += pace * gain**2 / 4 * self.error  # critically damped
-        self.log_factor += pace * (gain * self.error + self.trend)
+        self.log_factor += pace * gain * self.error + speed * self.trend
         self.log_factor += STRENGTH * (self.error - before)
-        return 0.0 if early else PUSH * max(-NEAR, min(NEAR, self.error))
+        return 0.0 if early else max(-FASTEST, min(FASTEST, PUSH * self.error))
 
     def state(self) -> Float[Tensor, " 3"]:
         """What the rest of the training depends on."""

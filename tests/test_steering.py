@@ -15,18 +15,30 @@ DECAY = 0.2
 DRIFT = 1.5
 
 
-def trained(control: L0Control, power: float, start: float, lag: float, noise: float = 0.03):
-    """The L0 of each step where coefficient 1 gives the target at first, exp(−DRIFT) at last."""
+def trained(
+    control: L0Control,
+    power: float,
+    start: float,
+    lag: float,
+    noise: float = 0.03,
+    resampled: int = STEPS,
+):
+    """The L0 of each step where coefficient 1 gives the target at first, exp(−DRIFT) at last.
+
+    Features are `resampled` every so many steps until the learning rate falls: it then looks seven
+    times too high, and half of that in e-folds two steps later.
+    """
     generator = torch.Generator().manual_seed(0)
-    held, drifted, found = math.log(30.0), 0.0, []  # L0 is high at first
+    held, drifted, rise, found = math.log(30.0), 0.0, 0.0, []  # L0 is high at first
     for step in range(STEPS):
         speed = min(1.0, (1 - step / STEPS) / DECAY)
         drifted += DRIFT * speed / STEPS
         wanted = -power * (math.log(start) + control.log_factor + drifted)
         held += (wanted - held) * speed / lag
         found.append(control.target * math.exp(held))
-        drawn = torch.randn((), generator=generator).item()
-        control.observe(found[-1] * math.exp(noise * drawn), speed, early=step < 0.05 * STEPS)
+        rise = 2.0 if step and step % resampled == 0 and speed == 1 else 0.7 * rise
+        seen = held + rise + noise * torch.randn((), generator=generator).item()
+        control.observe(control.target * math.exp(seen), speed, early=step < 0.05 * STEPS)
     return found
 
 
@@ -47,6 +59,30 @@ def test_a_steady_drift_leaves_no_error_behind():
     """What a controller without the trend cannot do: it lags by drift / gain."""
     found = trained(L0Control(16, 10), 1.0, 1.0, 10, noise=0.0)
     assert found[700] == pytest.approx(16, rel=0.005)
+
+
+@pytest.mark.parametrize("power", [0.7, 1.5])
+@pytest.mark.parametrize("lag", [5, 20])
+def test_resampled_features_are_waited_out(power, lag):
+    """An answer would leave L0 at a half at first, and 4 % too high in the end."""
+    found = trained(L0Control(8, 15), power, 1.0, lag, resampled=50)
+    assert found[-1] == pytest.approx(8, rel=0.015)
+    assert min(found[STEPS // 2 :]) > 0.8 * 8
+
+
+@pytest.mark.parametrize("pull", [0.01, -0.01])
+@pytest.mark.parametrize("power", [0.3, 1.5])
+def test_thresholds_are_held_against_what_pulls_at_them(power, pull):
+    """The reconstruction moves them by `pull` e-folds a step, at the speed of the learning rate."""
+    generator = torch.Generator().manual_seed(0)
+    control, off = L0Control(64, 20), math.log(2.0)
+    for step in range(600):
+        speed = min(1.0, (1 - step / 600) / DECAY)
+        seen = off + 0.01 * torch.randn((), generator=generator).item()
+        by = control.observe(64 * math.exp(seen), speed)
+        assert step < 300 or abs(off) < 0.05
+        off -= power * (by + pull * speed)
+    assert abs(off) < 0.012
 
 
 @pytest.mark.parametrize("limit", [0.0035, 0.02])
