@@ -25,10 +25,11 @@ from sae.fitting import fit
 from sae.planning import Inputs, open_inputs, pick_device, pick_dtype
 
 Row = dict[str, Any]
-"""The settings of an SAE on the grid, with fvu, l0, dead (a share) and seconds."""
+"""The settings of an SAE on the grid, with fvu, l0 and dead (a share) on held-out text, train_l0 on
+batches from all over the training, and seconds."""
 
-HELDOUT = 30_000
-"""Held-out tokens that an SAE is measured on."""
+TRAINED = 50
+"""The most batches for train_l0."""
 CHUNK = 4096
 
 
@@ -74,7 +75,7 @@ def _resolve(config: str | None, *settings: Mapping[str, Any]) -> TrainConfig:
 
 
 def _activations(inputs: Inputs, config: TrainConfig) -> tuple[list[Batch], Tensor]:
-    """Batches of `config.tokens` in all, mixed as in training, and [HELDOUT d] of held-out text."""
+    """Batches of `config.tokens` in all, mixed as in training; `data.eval_tokens` held out."""
     points = hooks.resolve(inputs.lm.model, config.hookpoints)
     if len(points) != 1:
         raise ConfigError(f"hookpoints: {len(points)} came, a grid is over one")
@@ -86,18 +87,19 @@ def _activations(inputs: Inputs, config: TrainConfig) -> tuple[list[Batch], Tens
     )  # fmt: skip
     wanted = -(-config.tokens // optim.batch)
     batches = [drawn[point] for drawn in itertools.islice(stream, wanted)]
-    return batches, torch.cat(list(_heldout(inputs, point, optim.llm_batch, dtype)))[:HELDOUT]
+    heldout = torch.cat(list(_heldout(inputs, point, config, dtype)))
+    return batches, heldout[: config.data.eval_tokens]
 
 
 def _heldout(
-    inputs: Inputs, point: hooks.Hookpoint, llm_batch: int, dtype: torch.dtype
+    inputs: Inputs, point: hooks.Hookpoint, config: TrainConfig, dtype: torch.dtype
 ) -> Iterator[Tensor]:
     have = 0
-    for rows in inputs.source.heldout(llm_batch):
+    for rows in inputs.source.heldout(config.optim.llm_batch):
         acts, _ = read(inputs.lm.model, [point], rows, dtype)
         yield acts[point].float()
         have += len(acts[point])
-        if have >= HELDOUT:
+        if have >= config.data.eval_tokens:
             return
 
 
@@ -117,4 +119,7 @@ def score(sae: SparseAutoencoder, heldout: Tensor) -> Row:
 def _measured(config: TrainConfig, batches: Sequence[Batch], heldout: Tensor) -> Row:
     start = time.perf_counter()
     sae = fit(batches, config)
-    return {"seconds": round(time.perf_counter() - start, 1)} | score(sae, heldout)
+    seconds = round(time.perf_counter() - start, 1)
+    used = batches[: -(-config.tokens // config.optim.batch)]
+    trained = score(sae, torch.cat([batch.x for batch in used[:: -(-len(used) // TRAINED)]]))
+    return score(sae, heldout) | {"train_l0": trained["l0"], "seconds": seconds}

@@ -26,6 +26,7 @@ from matplotlib.ticker import ScalarFormatter
 from scipy.optimize import curve_fit
 
 BASE = {
+    "data.eval_tokens": "30000",
     "data.repeat": "true",
     "hookpoints": "layers.2.mlp_out",
     "model.dtype": "float32",

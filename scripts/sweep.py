@@ -27,6 +27,7 @@ from sae.config import resolve
 from sae.planning import sparsity_of
 
 BUNDLED = {
+    "data.eval_tokens": "30000",
     "data.repeat": "true",
     "hookpoints": "layers.2.mlp_out",
     "model.dtype": "float32",
