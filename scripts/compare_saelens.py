@@ -1,74 +1,62 @@
-"""Our ReLU-L1 autoencoders beside SAELens' own, on the same activations, by one evaluator.
+"""Our variants beside SAELens' and sparsify's own on a language model's activations, at equal L0.
 
-    python -m venv /tmp/saelens && /tmp/saelens/bin/pip install sae-lens
-    python scripts/compare_saelens.py --venv /tmp/saelens/bin/python
+    python scripts/compare_saelens.py --venvs peers
 
-36 trainings and 1 GB of disk meanwhile; estimated at an hour or two on two cores. Expected: two
-tables, and for each measure a line that says HOLDS or FAILS and by how much the sides differ.
+About 100 trainings, two hours on one core; peers.py says how to make the environments. Expected:
+for each variant of a package a line with both FVUs, their difference and HOLDS or FAILS: whether
+ours is worse by more than two standard errors. Below it, what as many of the largest neurons keep.
 
 Both sides read the same shuffled activations in the same order, from files that are written once a
-seed, at the same hookpoint, width and token budget, and minimise the same loss: squared error plus
-L1 on activations weighted by decoder norms, inputs of mean norm √d_in. Ours is trained with the
-defaults of `sae train`, SAELens' with its tutorial's recipe (batch 4096, documented learning rate
-5e-5; saelens_worker.py has it in full). That rate is meant for 30 000 steps and barely moves in a
-few hundred, so beside ½, 1 and 2 times it SAELens may choose 4 to 32 times; ours chooses among as
-many. The rate with the lowest held-out loss at the middle L1 (the lower
-of two) and the first seed is taken.
+seed, at the same hookpoint, width, batch and token budget. Ours has the defaults of `sae train`,
+theirs the recipe they document (peers.py, peer_worker.py). The learning rate is chosen by FVU with
+the first seed among ½, 1 and 2 times that of the recipe (other --factors to start from: whichever
+is near saves trainings); where the best is the highest or lowest that was tried, the next is tried
+too, on both sides: recipes are meant for far more steps than a small budget has. Then every seed is
+trained with it.
 
-Prints held-out FVU and cross-entropy recovered (the ablation puts in the mean) at equal L0:
-interpolated in log L0 within the range all seeds of both sides share. Every training is written to
---out; those found there are not repeated.
+Ours has k, or target_l0, at the L0 wanted. Theirs is compared at the held-out L0 that ours has: its
+penalty's coefficient, or k, is moved until two trainings lie around that L0, and log FVU is
+interpolated between them in log L0. All is evaluated by one evaluator on the same held-out text.
+Every training is written to --out; those found there are not repeated, so that parts of the table
+(--only) can be made side by side.
 """
 
 import argparse
-import json
 import math
-import os
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+import peers
 import torch
 from kept import Kept
-from saelens_worker import batches
+from peers import Peers, Recipe
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from sae import config as settings
-from sae.activations import ActivationStream, Batch, read
+from sae.activations import ActivationStream, Batch
 from sae.autoencoder import SparseAutoencoder
-from sae.errors import SAEError
-from sae.evaluation import evaluate
-from sae.learner import Learner
+from sae.errors import HookpointError, SAEError
+from sae.evaluation import baseline, evaluate
+from sae.fitting import fit
 from sae.memory import keep_freed_memory
 from sae.planning import Plan, plan
-from sae.sparsity import make_sparsity
 
-SIDES = ("ours", "SAELens")
-BLOCK = 4096
-"""Tokens; both batches divide it, and it divides the budget."""
-SHARD = 16 * BLOCK
-LOSS_BATCHES = 4
-"""Held-out batches on which the learning rates are compared."""
+OURS = "ours"
+SHARD = 1 << 15
+"""Tokens a file; batches divide it, and it divides the budget."""
+CLOSE, NARROW = 0.01, 0.4
+"""e-folds: so close to an L0 counts as equal to it, so narrow a gap is interpolated across."""
+TRIES = 6
+"""Trainings at most to come to an L0."""
 
-
-class Training(NamedTuple):
-    """What sets one training apart from the others."""
-
-    side: str
-    l1: float
-    lr: float
-    seed: int
-
-    @property
-    def key(self) -> str:
-        return f"{self.side} l1={self.l1:g} lr={self.lr:g} seed={self.seed}"
+Row = dict[str, Any]
 
 
 # ------------------------------------------------------------------------------- one seed's data
@@ -85,287 +73,290 @@ class Bed:
     def close(self) -> None:
         self._folder.cleanup()
 
+    def config(self, **changes: Any) -> settings.TrainConfig:
+        """Our defaults for all that is not on the command line; `changes` by dotted names."""
+        args = self.args
+        return settings.resolve(
+            None,
+            {
+                "hookpoints": [args.hookpoint],
+                "model.name": args.model,
+                "model.dtype": "float32",
+                "device": "cpu",
+                "sae.d_sae": args.d_sae,
+                "optim.batch": args.batch,
+                "optim.pool": min(settings.OptimConfig().pool, args.tokens),
+                "tokens": args.tokens,
+                "seed": self.seed,
+                "output": str(self.folder / "run"),
+            }
+            | changes,
+        )
+
     @cached_property
     def plan(self) -> Plan:
-        """The model and the text, with our defaults for all that is not on the command line."""
-        args = self.args
-        wanted = {
-            "hookpoints": [args.hookpoint],
-            "model.name": args.model,
-            "sae.expansion_factor": args.expansion,
-            "tokens": args.tokens,
-            "seed": self.seed,
-            "output": str(self.folder / "run"),
-        }
-        return plan(settings.resolve(None, {k: v for k, v in wanted.items() if v is not None}))
+        return plan(self.config())
 
     @cached_property
     def point(self) -> Any:
         return self.plan.hookpoints[0]
 
     @cached_property
-    def d_in(self) -> int:
-        return self.plan.widths[self.point]
-
-    @cached_property
-    def statistics(self) -> Any:
-        """Our stream's mean and mean norm; the activations are written on the way."""
-        started, optim = time.perf_counter(), self.plan.config.optim
+    def stored(self) -> Path:
+        """The folder of the activations, in shards."""
+        folder, optim = self.folder / "acts", self.plan.config.optim
+        folder.mkdir()
         stream = ActivationStream(
             self.plan.lm.model, self.plan.hookpoints, self.plan.source.train(optim.llm_batch),
-            batch=BLOCK, pool=optim.pool, dtype=self.plan.dtype,
+            batch=optim.batch, pool=optim.pool, dtype=self.plan.dtype,
             generator=torch.Generator().manual_seed(self.seed),
         )  # fmt: skip
-        found, waiting = stream.statistics()[self.point], []
-        for n, drawn in enumerate(islice(stream, self.args.tokens // BLOCK), start=1):
-            waiting.append(drawn[self.point].x.cpu())
-            if len(waiting) * BLOCK == SHARD or n == self.args.tokens // BLOCK:
-                save_file({"acts": torch.cat(waiting)}, self.folder / f"{n:06}.safetensors")
-                waiting.clear()
-        print(f"seed {self.seed}: activations stored, {time.perf_counter() - started:.0f} s")
-        return found
+        for n in range(self.args.tokens // SHARD):
+            drawn = islice(stream, SHARD // optim.batch)
+            acts = torch.cat([batches[self.point].x for batches in drawn])
+            save_file({"acts": acts}, folder / f"{n:06}.safetensors")
+        return folder
 
     @cached_property
-    def heldout(self) -> Tensor:
-        """[n d_in] held-out activations in fp32, for the loss."""
-        rows = islice(self.plan.source.heldout(16), LOSS_BATCHES)
-        model, points = self.plan.lm.model, self.plan.hookpoints
-        return torch.cat([read(model, points, r, torch.float32)[0][self.point] for r in rows])
+    def batches(self) -> list[Batch]:
+        """The stored activations; only logging reads where they are from."""
+        found = []
+        for shard in sorted(self.stored.glob("*.safetensors")):
+            for x in load_file(shard)["acts"].split(self.args.batch):
+                found.append(Batch(x, x, torch.zeros(len(x), 2, dtype=torch.long)))
+        return found
+
+    @property
+    def heldout(self) -> Any:
+        """Rows of held-out text."""
+        return self.plan.source.heldout(self.plan.config.optim.llm_batch)
+
+    def score(self, sae: SparseAutoencoder) -> Row:
+        """What our evaluator says of an SAE; the cross-entropy is against the mean put in."""
+        model: Any = self.plan.lm.model
+        found = evaluate(model, {self.point: sae}, self.heldout, n_tokens=self.args.eval_tokens)
+        scores, crossed = found[self.point], found[self.point].cross_entropy
+        return {
+            "l0": scores.l0.value,
+            "fvu": scores.fvu.value,
+            "ce": crossed.recovered_mean.value if crossed else None,
+            "dead": scores.dead.value,
+        }
+
+
+def train_ours(bed: Bed, kind: str, l0: float, lr: float) -> Row:
+    """One of our variants, as `sae train` does it, for an L0."""
+    knob = {"k": round(l0)} if kind in ("topk", "batchtopk") else {"target_l0": l0}
+    knobs = {f"sae.sparsity.{name}": value for name, value in knob.items()}
+    config = bed.config(**{"sae.sparsity.kind": kind, "optim.lr": lr} | knobs)
+    batches, started = bed.batches, time.perf_counter()
+    sae = fit(batches, config)
+    seconds = time.perf_counter() - started
+    return bed.score(sae) | {"seconds": seconds}
+
+
+def train_theirs(bed: Bed, side: Recipe, knob: float, lr: float, workers: Peers) -> Row:
+    """A package's variant, its penalty's coefficient or else k being `knob`."""
+    return workers.train(
+        side,
+        bed.score,
+        lr=lr,
+        seed=bed.seed,
+        samples=bed.args.tokens,
+        batch=bed.args.batch,
+        d_in=bed.plan.widths[bed.point],
+        d_sae=bed.args.d_sae,
+        activations=str(bed.stored),
+        **({"coefficient": knob, "k": 0} if side.coefficient else {"k": round(knob)}),
+    )
+
+
+# ---------------------------------------------------------------------------------- to equal L0
+
+
+def at_l0(train: Callable[[float], Row], knob: float, wanted: float, *, counts: bool) -> Row:
+    """What `train` gives at an L0, from trainings around it; `error` says why that is not known.
+
+    `counts`: L0 rises with the knob, a whole number; otherwise it falls with it.
+    """
+    rows: list[Row] = []
+    for _ in range(TRIES):
+        row = train(knob)
+        if "error" in row:
+            return row
+        rows.append(row | {"knob": knob, "l0": max(row["l0"] or 0.0, 0.1)})
+        if found := between(rows, wanted):
+            return found
+        knob = next_knob(rows, wanted, counts=counts)
+    reached = ", ".join(f"{row['l0']:.1f}" for row in rows)
+    return {"error": f"no L0 near {wanted:.1f} in {TRIES} trainings, but {reached}"}
+
+
+def between(rows: list[Row], wanted: float) -> Row | None:
+    """The row at an L0 or, from one below and one above it, interpolated; None if none is near."""
+    nearest = min(rows, key=lambda row: abs(math.log(row["l0"] / wanted)))
+    if abs(math.log(nearest["l0"] / wanted)) < CLOSE:
+        return nearest
+    below = [row for row in rows if row["l0"] < wanted]
+    above = [row for row in rows if row["l0"] > wanted]
+    if not below or not above:
+        return None
+    low, high = max(below, key=lambda r: r["l0"]), min(above, key=lambda r: r["l0"])
+    gap = math.log(high["l0"] / low["l0"])
+    if gap > NARROW:
+        return None
+    share = math.log(wanted / low["l0"]) / gap
+    mixed = {
+        name: (1 - share) * low[name] + share * high[name]
+        for name in ("ce", "dead", "seconds", "knob")
+        if low[name] is not None
+    }
+    fvu = math.exp((1 - share) * math.log(low["fvu"]) + share * math.log(high["fvu"]))
+    return low | mixed | {"l0": wanted, "fvu": fvu}
+
+
+def next_knob(rows: list[Row], wanted: float, *, counts: bool) -> float:
+    """A little beyond where the last two rows, taken as a power law, would have the L0 wanted."""
+    last, slope = rows[-1], 1.0 if counts else -0.7
+    if len(rows) > 1 and rows[-2]["knob"] != last["knob"]:
+        before = rows[-2]
+        seen = math.log(last["l0"] / before["l0"]) / math.log(last["knob"] / before["knob"])
+        slope = seen if abs(seen) > 0.1 and seen * slope > 0 else slope
+    goal = math.log(wanted / last["l0"])
+    move = (goal + math.copysign(0.05, goal)) / slope
+    knob = last["knob"] * math.exp(max(-2.0, min(2.0, move)))
+    if not counts:
+        return float(f"{knob:.3g}")
+    return math.ceil(knob) if knob > last["knob"] else math.floor(knob)
 
 
 # ------------------------------------------------------------------------------------- trainings
 
 
-def train_ours(bed: Bed, training: Training) -> tuple[SparseAutoencoder, dict[str, Any]]:
-    """Our learner on the stored activations: what `sae train` does behind its stream."""
-    scale_and_mean, config = bed.statistics, bed.plan.config
-    sparsity = config.sae.sparsity.model_copy(update={"l1": training.l1})
-    config = config.model_copy(
-        update={
-            "sae": config.sae.model_copy(update={"sparsity": sparsity}),
-            "optim": config.optim.model_copy(update={"lr": training.lr}),
-        }
-    )
-    device, dtype = bed.plan.device, bed.plan.dtype
-    started, tokens = time.perf_counter(), 0
-    learner = Learner.begin(config, scale_and_mean, dtype=dtype)
-    for stored in batches(bed.folder, config.optim.batch):
-        x = stored.to(device)
-        source = torch.zeros(len(x), 2, dtype=torch.long)  # only logging reads it
-        drawn, done = Batch(x, x, source), tokens / config.tokens
-        learner.apply(drawn, learner.gradients(drawn, done), done)
-        tokens += len(x)
-    info = {"seconds": time.perf_counter() - started, "revived": learner.revived}
-    return learner.raw(), info
+class Trainings:
+    """Trainings of all sides, done when first asked for."""
 
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        shared = ("model", "hookpoint", "d_sae", "tokens", "batch", "eval_tokens")
+        self.kept = Kept(args.out, {name: getattr(args, name) for name in shared})
+        self.workers = Peers(args)
+        self._beds: dict[int, Bed] = {}
+        self._knobs: dict[Recipe, float] = {}
+        self._rates: dict[tuple[Recipe, float], float] = {}
 
-def train_saelens(bed: Bed, training: Training) -> tuple[SparseAutoencoder, dict[str, Any]]:
-    """SAELens' trainer in its own environment, in the number format of ours."""
-    bed.statistics  # noqa: B018 - writes the activations
-    job = training._asdict() | {
-        "activations": str(bed.folder),
-        "d_in": bed.d_in,
-        "d_sae": bed.plan.config.sae.width(bed.d_in),
-        "tokens": bed.args.tokens,
-        "batch": bed.args.batch_saelens,
-        "device": str(bed.plan.device),
-        "autocast": bed.plan.dtype == torch.bfloat16,
-    }
-    with tempfile.TemporaryDirectory(dir=bed.folder) as folder:
-        order, output = Path(folder) / "job.json", Path(folder) / "out"
-        order.write_text(json.dumps(job))
-        worker = Path(__file__).with_name("saelens_worker.py")
-        command = [bed.args.venv, str(worker), str(order), str(output)]
-        # The environment's way of keep_freed_memory(): SAELens gets it as well.
-        env = os.environ | {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
-        if done.returncode:
-            sys.exit(f"SAELens: {training.key} ended with {done.returncode}\n{done.stderr[-2000:]}")
-        return read_saelens(output, training.l1), json.loads((output / "info.json").read_text())
-
-
-def read_saelens(folder: Path, l1: float) -> SparseAutoencoder:
-    """A standard SAE that SAELens saved for raw activations, as ours."""
-    weights = load_file(folder / "sae_weights.safetensors")
-    d_in, d_sae = weights["W_enc"].shape
-    sae = SparseAutoencoder(d_in, d_sae, make_sparsity("relu_l1", l1=l1), subtract_b_dec=False)
-    sae.load_state_dict(weights)
-    return sae
-
-
-@torch.no_grad()
-def loss(bed: Bed, sae: SparseAutoencoder, l1: float) -> float | None:
-    """The loss both sides minimise, on held-out activations of mean norm √d_in."""
-    sae, scale, total = sae.to(bed.plan.device), bed.statistics.scale, 0.0
-    for x in bed.heldout.split(4096):
-        out = sae(x)
-        squares = (out.recon - x).square().sum() * scale**2
-        total += (squares + l1 * scale * (out.acts @ sae.decoder_norms).sum()).item()
-    return total / len(bed.heldout) if math.isfinite(total) else None
-
-
-def scored(bed: Bed, training: Training) -> dict[str, Any]:
-    """Train and evaluate; one entry of the results."""
-    train = train_ours if training.side == "ours" else train_saelens
-    sae, info = train(bed, training)
-    rows = bed.plan.source.heldout(bed.plan.config.optim.llm_batch)
-    model: Any = bed.plan.lm.model
-    found = evaluate(model, {bed.point: sae}, rows, n_tokens=bed.args.eval_tokens)[bed.point]
-    crossed = found.cross_entropy
-    scores = {
-        "loss": loss(bed, sae, training.l1),
-        "l0": found.l0.value,
-        "fvu": found.fvu.value,
-        "ce": crossed.recovered_mean.value if crossed else None,
-        "dead": found.dead.value,
-    }
-    return training._asdict() | info | scores
-
-
-def entry(results: Kept, bed: Bed, training: Training) -> dict[str, Any]:
-    """The entry of a training, which is done if it is not there."""
-    return results.of(training.key, lambda: scored(bed, training))
-
-
-def trained(args: argparse.Namespace, results: Kept) -> list[dict[str, Any]]:
-    """All trainings at the chosen rates."""
-    rates: dict[str, float] = {}
-    rows = []
-    for seed in args.seeds:
-        bed = Bed(args, seed)
-        try:
-            rates = rates or {side: best_rate(args, results, bed, side) for side in SIDES}
-            rows += [
-                entry(results, bed, Training(side, l1, rates[side], seed))
-                for side in SIDES
-                for l1 in coefficients(args, side)
-            ]
-        finally:
+    def close(self) -> None:
+        self.workers.close()
+        for bed in self._beds.values():
             bed.close()
-    return rows
+
+    def bed(self, seed: int) -> Bed:
+        if seed not in self._beds:
+            self._beds[seed] = Bed(self.args, seed)
+        return self._beds[seed]
+
+    def of(self, side: Recipe, knob: float, lr: float, seed: int) -> Row:
+        """One training."""
+        bed, key = self.bed(seed), f"{side.name} {knob:g} lr={lr:g} seed={seed}"
+        if side.package == OURS:
+            return self.kept.of(key, lambda: train_ours(bed, side.variant, knob, lr))
+        return self.kept.of(key, lambda: train_theirs(bed, side, knob, lr, self.workers))
+
+    def at(self, side: Recipe, l0: float, lr: float, seed: int) -> Row:
+        """Ours for an L0 that is wanted; theirs at the one that ours then has."""
+        if side.package == OURS:
+            return self.of(side, l0, lr, seed)
+        ours = own(side)
+        there = self.of(ours, l0, self.rate(ours, l0), seed)["l0"]
+        knob = self._knobs.get(side, side.coefficient or l0)
+        counts = not side.coefficient
+        row = at_l0(lambda k: self.of(side, k, lr, seed), knob, there, counts=counts)
+        if not counts and "knob" in row:
+            self._knobs[side] = float(f"{row['knob']:.3g}")
+        return row
+
+    def rate(self, side: Recipe, l0: float) -> float:
+        """The learning rate of lowest FVU with the first seed."""
+        if (side, l0) not in self._rates:
+            seed, args = self.args.seeds[0], self.args
+            factors = args.factors_ours if side.package == OURS else args.factors
+            tried: dict[float, float] = {}
+            while factors:
+                for factor in factors:
+                    row = self.at(side, l0, side.lr * factor, seed)
+                    tried[factor] = row.get("fvu", math.inf)
+                best = min(tried, key=lambda factor: tried[factor])
+                edges = {max(tried): 2 * best, min(tried): best / 2}
+                factors = [edges[best]] if best in edges and tried[best] < math.inf else []
+                self._rates[side, l0] = side.lr * best
+        return self._rates[side, l0]
+
+    def all(self, side: Recipe, l0: float) -> list[Row]:
+        """Every seed at the chosen rate."""
+        lr = self.rate(side, l0)
+        return [self.at(side, l0, lr, seed) for seed in self.args.seeds]
 
 
-def coefficients(args: argparse.Namespace, side: str) -> list[float]:
-    """The L1 coefficients of a side, in order."""
-    return sorted(args.l1 if side == "ours" else args.l1_saelens or args.l1)
-
-
-def best_rate(args: argparse.Namespace, results: Kept, bed: Bed, side: str) -> float:
-    """The learning rate of lowest held-out loss at the middle coefficient."""
-    base, factors = (
-        (args.lr_ours, args.factors_ours)
-        if side == "ours"
-        else (args.lr_saelens, args.factors_saelens)
-    )
-    l1 = coefficients(args, side)
-    tried = [Training(side, l1[(len(l1) - 1) // 2], base * factor, bed.seed) for factor in factors]
-    losses = [entry(results, bed, training)["loss"] for training in tried]
-    best = min(range(len(tried)), key=lambda i: math.inf if losses[i] is None else losses[i])
-    print(f"{side}: lr {tried[best].lr:g}, {factors[best]:g} × {base:g}", flush=True)
-    return tried[best].lr
+def own(recipe: Recipe) -> Recipe:
+    """What a package's variant is compared with."""
+    lr, batch = settings.OptimConfig().lr, settings.OptimConfig().batch
+    return Recipe(OURS, recipe.ours, recipe.ours, lr, batch)
 
 
 # ------------------------------------------------------------------------------------ comparison
 
 
-class Curves:
-    """L0, FVU and cross-entropy recovered by side and seed, each [seeds sparsities], L0 rising."""
-
-    def __init__(self, rows: list[dict[str, Any]]):
-        self.seeds = sorted({row["seed"] for row in rows})
-        self.by = {
-            (side, seed): sorted(
-                (r for r in rows if (r["side"], r["seed"]) == (side, seed) and r["l0"]),
-                key=lambda r: r["l0"],
-            )
-            for side in SIDES
-            for seed in self.seeds
-        }
-
-    def shared(self, points: int) -> np.ndarray:
-        """L0s, even in the log, that every curve reaches; none where there is no such range."""
-        if not all(self.by.values()):
-            return np.empty(0)
-        low = max(rows[0]["l0"] for rows in self.by.values())
-        high = min(rows[-1]["l0"] for rows in self.by.values())
-        return np.geomspace(low, high, points) if low < high else np.empty(0)
-
-    def at(self, side: str, measure: str, l0: np.ndarray) -> np.ndarray:
-        """[seeds points] a measure interpolated in log L0."""
-        curves = [self.by[side, seed] for seed in self.seeds]
-        return np.array(
-            [
-                np.interp(np.log(l0), np.log([r["l0"] for r in rows]), [r[measure] for r in rows])
-                for rows in curves
-            ]
-        )
+def line(trainings: Trainings, side: Recipe, l0: float) -> str:
+    """One variant of a package beside ours."""
+    mine, theirs = own(side), trainings.all(side, l0)
+    if failed := [row["error"] for row in theirs if "error" in row]:
+        return f"| {side.name} | did not run: {failed[0]} |"
+    ours = trainings.all(mine, l0)
+    cells = [
+        f"{side.name} ({theirs[0]['version']})",
+        f"{mean(ours, 'l0'):.1f}",
+        f"{mean(theirs, 'l0'):.1f}",
+    ]
+    cells += [f"{mean(rows, 'fvu'):.4f}" for rows in (ours, theirs)]
+    cells += [contrast(ours, theirs)]
+    cells += [f"{mean(rows, 'ce'):.4f}" for rows in (ours, theirs)]
+    cells += [f"{mean(rows, 'dead'):.1%}" for rows in (ours, theirs)]
+    cells += [
+        f"{trainings.rate(s, l0):.2g} ({trainings.rate(s, l0) / s.lr:g})" for s in (mine, side)
+    ]
+    cells += [f"{mean(rows, 'seconds'):.0f}" for rows in (ours, theirs)]
+    return f"| {' | '.join(cells)} |"
 
 
-class Contrast(NamedTuple):
-    """One measure at equal L0: [points] each; `se` is that of `difference`, over the seeds."""
-
-    ours: np.ndarray
-    theirs: np.ndarray
-    difference: np.ndarray
-    se: np.ndarray
-
-    def cells(self, point: int) -> str:
-        ours, theirs, difference, se = (values[point] for values in self)
-        error = "" if math.isnan(se) else f" ± {se:.4f}"
-        return f" {ours:.4f} | {theirs:.4f} | {difference:+.4f}{error} |"
-
-    def verdict(self, name: str, better: int) -> str:
-        """`better`: the sign of a difference in our favour."""
-        gain, mean = better * self.difference, self.difference.mean()
-        size = (
-            f"difference {self.difference.min():+.4f} to {self.difference.max():+.4f}, "
-            f"mean {mean:+.4f} ({mean / self.theirs.mean():+.1%} of theirs)"
-        )
-        if np.isnan(self.se).any():
-            return f"{name}: one seed, no standard error, no verdict; {size}."
-        behind, ahead = (gain < -2 * self.se).sum(), (gain > 2 * self.se).sum()
-        held = "FAILS" if behind else "HOLDS"
-        return (
-            f"{name}: {held}. By more than two standard errors ours is worse at {behind} and "
-            f"better at {ahead} of {len(gain)} points; {size}."
-        )
+def mean(rows: list[Row], name: str) -> float:
+    """Over the seeds; NaN where it is not known."""
+    return float(np.mean([math.nan if row[name] is None else row[name] for row in rows]))
 
 
-def contrast(curves: Curves, measure: str, l0: np.ndarray) -> Contrast:
-    """Ours − theirs seed by seed; without a second seed the standard error is NaN."""
-    ours, theirs = (curves.at(side, measure, l0) for side in SIDES)
-    each, n = ours - theirs, len(ours)
-    se = each.std(0, ddof=1) / math.sqrt(n) if n > 1 else np.full(len(l0), math.nan)
-    return Contrast(ours.mean(0), theirs.mean(0), each.mean(0), se)
+def contrast(ours: list[Row], theirs: list[Row]) -> str:
+    """FVU ours − theirs seed by seed, its standard error, its share of theirs, and the verdict."""
+    each = np.array([a["fvu"] - b["fvu"] for a, b in zip(ours, theirs, strict=True)])
+    difference, part = each.mean(), each.mean() / mean(theirs, "fvu")
+    if len(each) == 1:
+        return f"{difference:+.4f} ({part:+.0%})"
+    se = each.std(ddof=1) / math.sqrt(len(each))
+    verdict = "HOLDS" if difference <= 2 * se else "FAILS"
+    return f"{difference:+.4f} ± {se:.4f} ({part:+.0%}) {verdict}"
 
 
-def print_trainings(rows: list[dict[str, Any]]) -> None:
-    """The curves as trained, means over the seeds."""
-    print("\n| side | L1 | learning rate | L0 | FVU | CE recovered | dead | seconds |")
-    print("|---" * 8 + "|")
-    for side, l1, lr in sorted({(r["side"], r["l1"], r["lr"]) for r in rows}):
-        same = [r for r in rows if (r["side"], r["l1"]) == (side, l1)]
-        mean = {k: np.mean([r[k] for r in same]) for k in ("l0", "fvu", "ce", "dead", "seconds")}
-        print(
-            f"| {side} | {l1:g} | {lr:g} | {mean['l0']:.1f} | {mean['fvu']:.4f} "
-            f"| {mean['ce']:.4f} | {mean['dead']:.1%} | {mean['seconds']:.0f} |"
-        )
-
-
-def print_comparison(rows: list[dict[str, Any]], points: int) -> None:
-    """Both sides at equal L0, and in words who is ahead."""
-    curves = Curves(rows)
-    l0 = curves.shared(points)
-    if not len(l0):
-        sys.exit("no L0 that every seed of both sides reaches; give other --l1 or --l1-saelens")
-    fvu, ce = contrast(curves, "fvu", l0), contrast(curves, "ce", l0)
-    print("\n| L0 | FVU ours | SAELens | difference ± SE | CE ours | SAELens | difference ± SE |")
-    print("|---" * 7 + "|")
-    for point, value in enumerate(l0):
-        print(f"| {value:.1f} |{fvu.cells(point)}{ce.cells(point)}")
-    print()
-    print(fvu.verdict("FVU", better=-1))
-    print(ce.verdict("Cross-entropy recovered", better=1))
+def print_neurons(bed: Bed, l0s: list[float]) -> None:
+    """What the largest neurons keep, where the hookpoint has neurons."""
+    model: Any = bed.plan.lm.model
+    ks, tokens = [round(l0) for l0 in l0s], bed.args.eval_tokens
+    try:
+        found = baseline(model, bed.point, bed.heldout, n_tokens=tokens, ks=ks)
+    except HookpointError as error:
+        print(f"\nno neurons beside them: {error}")
+        return
+    for kept in found:
+        ce = kept.ce_recovered_mean
+        said = f", cross-entropy recovered {ce.value:.4f}" if ce and ce.value is not None else ""
+        print(f"\nthe {kept.k} largest neurons: FVU {kept.fvu.value:.4f}{said}")
 
 
 # ------------------------------------------------------------------------------- the command line
@@ -373,42 +364,46 @@ def print_comparison(rows: list[dict[str, Any]], points: int) -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    peers.add_arguments(parser)
     add = parser.add_argument
-    add("--venv", required=True, help="the Python of an environment that holds sae-lens")
     add("--out", type=Path, default=Path("compare_saelens.json"), help="results, kept and reused")
-    add("--model", help="language model; default: the bundled one")
+    add("--factors-ours", type=float, nargs="+", default=[0.5, 1, 2], help="of our default rate")
+    add("--packages", nargs="+", default=["sae-lens", "eai-sparsify"], help="to compare with")
+    add("--model", default="builtin:", help="language model")
     add("--hookpoint", default="layers.2.mlp_act")
-    add("--expansion", type=int, default=8, help="features per input dimension")
-    add("--tokens", type=int, default=1_000_000, help=f"budget, rounded down to whole {BLOCK}s")
-    add(
-        "--l1", type=float, nargs="+", default=[8, 12, 16, 24], help="ours, and SAELens' by default"
-    )
-    add("--l1-saelens", type=float, nargs="+", help="SAELens' where they differ")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    add("--lr-ours", type=float, default=1e-3, help="base learning rate")
-    add("--lr-saelens", type=float, default=5e-5, help="base learning rate")
-    eighths, doubles = [1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8], [1 / 2, 1, 2, 4, 8, 16, 32]
-    add("--factors-ours", type=float, nargs="+", default=eighths, help="times the base, all tried")
-    add("--factors-saelens", type=float, nargs="+", default=doubles)
-    add("--batch-saelens", type=int, default=4096, help=f"tokens; must divide {BLOCK}")
-    add("--eval-tokens", type=int, default=60_000, help="held-out tokens")
-    add("--points", type=int, default=5, help="L0s at which the two are compared")
-    add("--scratch", type=Path, help="where a seed's activations lie meanwhile (1 GB)")
+    add("--l0", type=float, nargs="+", default=[32], help="features active on a token")
+    add("--d-sae", type=int, default=1024, help="features")
+    add("--tokens", type=int, default=6 * SHARD, help=f"budget, rounded down to whole {SHARD}s")
+    add("--batch", type=int, default=512, help="tokens, of all sides; few tokens want many steps")
+    add("--eval-tokens", type=int, default=20_000, help="held-out tokens")
     args = parser.parse_args()
-    args.tokens = args.tokens // BLOCK * BLOCK
+    args.tokens = args.tokens // SHARD * SHARD
     return args
 
 
 def main() -> None:
     args = arguments()
     keep_freed_memory()
-    kept = ("model", "hookpoint", "expansion", "tokens", "batch_saelens", "eval_tokens")
+    torch.set_num_threads(args.threads)
+    trainings = Trainings(args)
+    sides = [side for side in peers.recipes(args.d_sae) if side.package in args.packages]
+    sides = [side for side in sides if side.ours != "p_anneal"]  # it has no variant of its own here
+    if args.only:
+        sides = [side for side in sides if {side.package, side.ours} & {*args.only}]
     try:
-        rows = trained(args, Kept(args.out, {name: getattr(args, name) for name in kept}))
+        lines = [line(trainings, side, l0) for l0 in args.l0 for side in sides]
+        print(
+            "\n| package, variant | L0 ours | theirs | FVU ours | theirs | difference ± SE", end=""
+        )
+        print(" | CE recovered ours | theirs | dead ours | theirs | rate ours | theirs", end="")
+        print(" | seconds ours | theirs |")
+        print("|---" * 14 + "|")
+        print("\n".join(lines))
+        print_neurons(trainings.bed(args.seeds[0]), args.l0)
     except SAEError as error:
         sys.exit(f"error: {error}")
-    print_trainings(rows)
-    print_comparison(rows, args.points)
+    finally:
+        trainings.close()
 
 
 if __name__ == "__main__":

@@ -1,17 +1,14 @@
-"""Train one dictionary on stored activations with another package's own trainer.
+"""Train dictionaries on stored activations with another package's own trainer.
 
-    python scripts/planted_worker.py JOB.json OUTPUT
-
-`compare_planted.py` runs this with the Python of an environment that holds the package (checked
-with sae-lens 6.54.12, eai-sparsify 1.3.3, dictionary-learning 0.1.0); nothing of this project is
-imported. OUTPUT gets result.safetensors, the decoder and the activations on the two splits of the
-exam, all for raw inputs, and info.json.
+peers.py runs this with the Python of an environment that holds the package (checked with sae-lens
+6.54.12, eai-sparsify 1.3.3, dictionary-learning 0.1.0); nothing of this project is imported. Each
+line of the standard input is a job in JSON, whose "output" is the folder for what the package
+saves, for raw activations; each is answered by a line with seconds and versions, or an "error".
 
 Recipes are those the packages document. What they say in steps of much longer trainings is taken
 as a share of the steps.
 """
 
-import argparse
 import importlib.metadata
 import json
 import os
@@ -19,44 +16,42 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from saelens_worker import NORM_TOKENS, batches
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-SITE = "planted"
+SITE = "acts"
 CONTEXT = 64
-
-
-class Trained(NamedTuple):
-    """What a package made: [d_sae d] decoder rows, and x [n d] → activations [n d_sae]."""
-
-    W_dec: Tensor
-    encode: Callable[[Tensor], Tensor]
-    seconds: float
+NORM_TOKENS = 131_072
+"""Rows behind SAELens' estimate of the mean norm: as many as `sae train` takes, its first pool."""
 
 
 class Stored:
-    """The batches of the job, from the start each time it is iterated."""
+    """The batches [batch d_in] of the job in their order, from the start at each iteration."""
 
     def __init__(self, job: dict[str, Any]):
         self.folder, self.batch = Path(job["activations"]), job["batch"]
 
     def __iter__(self) -> Iterator[Tensor]:
-        return (acts.clone() for acts in batches(self.folder, self.batch))
+        for shard in sorted(self.folder.glob("*.safetensors")):
+            acts = load_file(shard)["acts"]
+            if len(acts) % self.batch:
+                raise ValueError(f"{shard.name}: {len(acts)} rows, not in batches of {self.batch}")
+            yield from (acts.clone() for acts in acts.split(self.batch))
 
 
 # --------------------------------------------------------------------------------------- SAELens
 
 
-def sae_lens(job: dict[str, Any], output: Path) -> Trained:
-    """SAELens' own trainer with the settings of its `train_toy_sae`, for synthetic data.
+def sae_lens(job: dict[str, Any], output: Path) -> float:
+    """SAELens' own trainer; its defaults where nothing is said, at the constant rate they have.
 
-    Inputs are scaled as in its tutorial, whose coefficients are for mean norm √d_in.
+    Inputs are scaled as in its tutorial, whose coefficients are for mean norm √d_in; so are the
+    warm-up of the penalty, over 5 % of the steps, and the decay of the rate, over the last 20 %.
     """
-    from sae_lens import SAE, LoggingConfig
+    from sae_lens import LoggingConfig
     from sae_lens.config import SAETrainerConfig
     from sae_lens.registry import get_sae_training_class
     from sae_lens.training.sae_trainer import SAETrainer
@@ -90,10 +85,10 @@ def sae_lens(job: dict[str, Any], output: Path) -> Trained:
     )
     trainer = SAETrainer(cfg=settings, sae=sae, data_provider=_after_first(Stored(job), norm))
     started = time.perf_counter()
-    trainer.fit().save_inference_model(output / "sae")
+    sae = trainer.fit()
     seconds = time.perf_counter() - started
-    trained = SAE.load_from_disk(output / "sae")
-    return Trained(trained.W_dec.detach(), trained.encode, seconds)
+    sae.save_inference_model(output)
+    return seconds
 
 
 def _after_first(stored: Stored, n: int) -> Iterator[Tensor]:
@@ -108,13 +103,13 @@ def _after_first(stored: Stored, n: int) -> Iterator[Tensor]:
 # -------------------------------------------------------------------------------------- sparsify
 
 
-def sparsify(job: dict[str, Any], output: Path) -> Trained:
+def sparsify(job: dict[str, Any], output: Path) -> float:
     """sparsify's own trainer on a model whose module gives the stored activations."""
-    from sparsify import SparseCoder, SparseCoderConfig, TrainConfig, Trainer
+    from sparsify import SparseCoderConfig, TrainConfig, Trainer
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
-    acts = torch.cat(list(batches(Path(job["activations"]), job["batch"])))
+    acts = torch.cat(list(Stored(job)))
     context = min(CONTEXT, job["batch"])
 
     class Lookup(nn.Module):
@@ -153,21 +148,13 @@ def sparsify(job: dict[str, Any], output: Path) -> Trained:
     trainer = Trainer(config, Samples(), Model())  # pyright: ignore[reportArgumentType]
     started = time.perf_counter()
     trainer.fit()
-    seconds = time.perf_counter() - started
-    coder = SparseCoder.load_from_disk(output / "run" / SITE)
-
-    def encode(x: Tensor) -> Tensor:
-        found = coder.encode(x)
-        return x.new_zeros(len(x), job["d_sae"]).scatter(1, found.top_indices, found.top_acts)
-
-    assert coder.W_dec is not None
-    return Trained(coder.W_dec.detach(), encode, seconds)
+    return time.perf_counter() - started
 
 
 # --------------------------------------------------------------------------- dictionary_learning
 
 
-def dictionary_learning(job: dict[str, Any], output: Path) -> Trained:
+def dictionary_learning(job: dict[str, Any], output: Path) -> float:
     """`trainSAE` with the settings of dictionary_learning_demo."""
     from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
     from dictionary_learning.trainers.jumprelu import JumpReluTrainer
@@ -175,7 +162,6 @@ def dictionary_learning(job: dict[str, Any], output: Path) -> Trained:
     from dictionary_learning.trainers.standard import StandardTrainer
     from dictionary_learning.trainers.top_k import TopKTrainer
     from dictionary_learning.training import trainSAE
-    from dictionary_learning.utils import load_dictionary
 
     steps = job["samples"] // job["batch"]
     warmup = {"sparsity_warmup_steps": steps // 20}
@@ -212,40 +198,36 @@ def dictionary_learning(job: dict[str, Any], output: Path) -> Trained:
         Stored(job), [config], steps, save_dir=str(output), normalize_activations=True,
         device="cpu",
     )  # fmt: skip
-    seconds = time.perf_counter() - started
-    trained, _ = load_dictionary(str(output / "trainer_0"), "cpu")
-    W_dec = trained.W_dec if job["variant"] == "jumprelu" else trained.decoder.weight.T
-    return Trained(W_dec.detach(), trained.encode, seconds)
+    return time.perf_counter() - started
 
 
-PACKAGES = {
+PACKAGES: dict[str, Callable[[dict[str, Any], Path], float]] = {
     "sae-lens": sae_lens,
     "eai-sparsify": sparsify,
     "dictionary-learning": dictionary_learning,
 }
 
 
+def answer(job: dict[str, Any]) -> dict[str, Any]:
+    """Do a job; what there is to say of it."""
+    torch.set_num_threads(job["threads"])
+    torch.manual_seed(job["seed"])  # packages draw the weights from the global generator
+    output = Path(job["output"])
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        seconds = PACKAGES[job["package"]](job, output)
+    except Exception as error:  # whatever it is, it is what the package's variant came to
+        return {"error": f"{type(error).__name__}: {error}"[:200]}
+    version = importlib.metadata.version(job["package"])
+    return {"version": version, "torch": torch.__version__, "seconds": seconds}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("job", type=Path)
-    parser.add_argument("output", type=Path)
-    args = parser.parse_args()
     os.environ["WANDB_MODE"] = "disabled"
     os.environ["HF_HUB_OFFLINE"] = "1"
-    job = json.loads(args.job.read_text())
-    args.output.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(job["threads"])
-    torch.manual_seed(job["seed"])
-    trained = PACKAGES[job["package"]](job, args.output)
-    if not trained.W_dec.isfinite().all():
-        sys.exit("the decoder is not finite")
-    exam = load_file(job["exam"])
-    with torch.no_grad():
-        acts = {name: trained.encode(x).contiguous() for name, x in exam.items()}
-    save_file({"W_dec": trained.W_dec.contiguous(), **acts}, args.output / "result.safetensors")
-    version = importlib.metadata.version(job["package"])
-    info = {"version": version, "torch": torch.__version__, "seconds": trained.seconds}
-    (args.output / "info.json").write_text(json.dumps(info))
+    answers, sys.stdout = sys.stdout, sys.stderr  # packages print
+    for line in sys.stdin:
+        print(json.dumps(answer(json.loads(line))), file=answers, flush=True)
 
 
 if __name__ == "__main__":
