@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -38,6 +38,8 @@ class Questions:
     """Index among the relation's templates that are read."""
     right: Int[Tensor, " n"]
     """Index into `answers`."""
+    heldout: Bool[Tensor, " n"]
+    """Whether the language model never read this fact in this template."""
     answer_tokens: Int[Tensor, " answers"]
     """First token of each answer."""
     subjects: tuple[str, ...]
@@ -47,7 +49,7 @@ class Questions:
         return len(self.tokens)
 
     def __getitem__(self, chosen: Tensor) -> "Questions":
-        columns = ("tokens", "last", "subject", "template", "right")
+        columns = ("tokens", "last", "subject", "template", "right", "heldout")
         return replace(self, **{name: getattr(self, name)[chosen] for name in columns})
 
 
@@ -78,6 +80,7 @@ def questions(tokenizer: Any, relation: str) -> Questions:
         torch.tensor([subjects.index(sentence.fact.subject) for sentence in asked]),
         torch.tensor([sentence.template.number - first for sentence in asked]),
         torch.tensor([answers.index(sentence.fact.answer) for sentence in asked]),
+        torch.tensor([sentence.heldout for sentence in asked]),
         answer_tokens,
         tuple(subjects),
         tuple(answers),

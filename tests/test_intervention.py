@@ -7,6 +7,7 @@ import torch
 
 from sae import hooks, intervention, language_model
 from sae.autoencoder import SparseAutoencoder
+from sae.builtin import facts
 from sae.config import ModelConfig
 from sae.hooks import Hookpoint
 from sae.intervention import Questions
@@ -40,6 +41,15 @@ def test_questions_end_right_before_their_answers(lm: LanguageModel, asked: Ques
     text = lm.tokenizer.decode(asked.tokens[row, 1 : asked.last[row] + 1])
     assert text == "Tiger Woods became famous for playing"
     assert asked.answers[asked.right[row]] == "golf"
+
+
+def test_questions_say_which_of_them_the_model_never_read(lm: LanguageModel) -> None:
+    every = intervention.questions(lm.tokenizer, "sport")
+    pairs = facts.sentences(heldout=True)
+    assert int(every.heldout.sum()) == sum(pair.fact.relation == "sport" for pair in pairs)
+    first = every[every.heldout][torch.tensor([0])]
+    text = lm.tokenizer.decode(first.tokens[0, 1 : first.last[0] + 1])
+    assert text in [pair.prompt for pair in pairs]
 
 
 def test_the_model_knows_most_sports(lm: LanguageModel, asked: Questions) -> None:
