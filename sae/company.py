@@ -47,11 +47,10 @@ class Cofiring:
     def add(
         self, feature: Int[ndarray, " n"], token: Int[ndarray, " n"], read: Int[ndarray, " m"]
     ) -> None:
-        """The firings on the tokens `read`, ascending and after those of earlier calls."""
+        """The firings on the tokens `read`, both by token, ascending and after earlier calls'."""
         self.fired += np.bincount(feature, minlength=len(self.fired))
-        order = np.argsort(token, kind="stable")
         with self._file.open("ab") as file:
-            feature[order].astype("<i4").tofile(file)
+            feature.astype("<i4").tofile(file)
         self._tokens.append(read)
         self._counts.append(np.bincount(np.searchsorted(read, token), minlength=len(read)))
 

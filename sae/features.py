@@ -229,9 +229,9 @@ class _Spill:
         most = _tokens_at_once(sae, settings)
         self.chunk = MicroBatch(f"the SAE of {route}", "tokens", TRY_CPU, most)
         self.entries_at_once = max(1, settings.memory // 16 // self.ENTRY.itemsize)
-        width = -(-sae.d_sae // settings.blocks)
-        self.starts = list(range(0, sae.d_sae, width))
-        self.blocks = [(a, min(a + width, sae.d_sae)) for a in self.starts]
+        self.width = -(-sae.d_sae // settings.blocks)
+        starts = range(0, sae.d_sae, self.width)
+        self.blocks = [(a, min(a + self.width, sae.d_sae)) for a in starts]
         self.cofiring = Cofiring(folder / "fired", sae.d_sae)
         at_neurons = [point.site for point in route.inputs] == ["mlp_act"]
         self.neurons = NeuronSample(sae.d_in, shares) if at_neurons else None
@@ -245,15 +245,14 @@ class _Spill:
             self.neurons.add(numbers.numpy(), lambda kept: x[kept].float().cpu().numpy())
 
     def _entries(self, x: Float[Tensor, "n d_in"], numbers: Int[Tensor, " n"]) -> ndarray:
-        """What fires, by feature, then token."""
+        """What fires, token after token."""
         acts = self.sae.encode(x.to(self.sae.dtype)).float()
         if not acts.sum().isfinite():
             raise ModelError(
                 f"{self.route}: the activations are not finite; "
                 "load the model with --model.dtype float32"
             )
-        # Transposing the mask is cheaper than the activations.
-        feature, token = (acts > 0).T.contiguous().nonzero(as_tuple=True)
+        token, feature = (acts > 0).nonzero(as_tuple=True)
         entries = np.empty(len(feature), self.ENTRY)
         entries["feature"] = feature.cpu().numpy()
         entries["token"] = numbers[token.cpu()].numpy()
@@ -261,7 +260,10 @@ class _Spill:
         return entries
 
     def _append(self, entries: ndarray) -> None:
-        cuts = np.searchsorted(entries["feature"], [*self.starts, self.sae.d_sae])
+        """A block's firings behind those it has."""
+        blocks = entries["feature"] // self.width
+        entries = entries[_order(blocks, len(self.blocks))]
+        cuts = np.cumsum([0, *np.bincount(blocks)])
         for block, (a, b) in enumerate(itertools.pairwise(cuts)):
             if b > a:
                 with (self.folder / str(block)).open("ab") as file:
@@ -271,7 +273,7 @@ class _Spill:
         """Every feature of a block, those that never fire too, with all its activations."""
         for start, stop in self._affordable(*self.blocks[block]):
             entries = self._load(block, start, stop)
-            entries = entries[np.argsort(entries["feature"], kind="stable")]
+            entries = entries[_order(entries["feature"] - start, stop - start)]
             cuts = np.searchsorted(entries["feature"], range(start, stop + 1))
             for feature in range(start, stop):
                 own = entries[cuts[feature - start] : cuts[feature - start + 1]]
@@ -305,6 +307,11 @@ class _Spill:
                 inside = (part["feature"] >= start) & (part["feature"] < stop)
                 parts.append(part if inside.all() else part[inside])
         return parts[1] if len(parts) == 2 else np.concatenate(parts)
+
+
+def _order(numbers: ndarray, below: int) -> ndarray:
+    """The stable order of numbers from 0 to `below`; of at most 16 bits numpy sorts by radix."""
+    return np.argsort(numbers.astype(np.min_scalar_type(below)), kind="stable")
 
 
 class _Text:

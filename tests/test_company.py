@@ -30,7 +30,7 @@ TOKENS = 2 * np.arange(N) + 1
 def gathered(acts: np.ndarray, file: Path) -> Cofiring:
     found = Cofiring(file, D_SAE)
     for part in np.array_split(np.arange(N), 7):
-        feature, token = (acts[part] > 0).T.nonzero()
+        token, feature = (acts[part] > 0).nonzero()
         found.add(feature, TOKENS[part[token]], TOKENS[part])
     return found
 
