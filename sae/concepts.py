@@ -17,13 +17,15 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from sae.builtin import facts
-from sae.builtin.document import Document
+from sae.builtin.document import Document, Span
 from sae.builtin.facts import LATENTS, PARTS, Sentence
 
 VARIABLES = LATENTS[:4]
 """relation, subject, answer, template: what holds to the end of a sentence (its parts do not)."""
 RELATION, SUBJECT, ANSWER, TEMPLATE = range(len(VARIABLES))
-ANSWER_PART = LATENTS.index("part"), PARTS.index("answer")
+SUBJECT_PART, ANSWER_PART = (
+    (LATENTS.index("part"), PARTS.index(name)) for name in ("subject", "answer")
+)
 
 ISOLATED = 0.9
 """F1 from which a unit isolates a concept."""
@@ -61,6 +63,8 @@ class Labelled:
     """Of each of VARIABLES the value that is on, −1 where none is yet."""
     asking: Bool[Tensor, "rows seq"]
     """The kept tokens right before an answer: there the model has to have all of them at hand."""
+    naming: Bool[Tensor, "rows seq"]
+    """The kept tokens of the subjects' names."""
 
 
 def concepts(at_least: int = ENOUGH) -> tuple[Concept, ...]:
@@ -141,7 +145,7 @@ def read(
     tokens = torch.full(shape, tokenizer.bos_token_id)
     kept = torch.zeros(shape, dtype=torch.bool)
     labels = torch.full((*shape, len(VARIABLES)), -1)
-    asking = torch.zeros(shape, dtype=torch.bool)
+    asking, naming = torch.zeros(2, *shape, dtype=torch.bool)
     for row, document in enumerate(chosen):
         encoded = tokenizer(
             document.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
@@ -150,10 +154,17 @@ def read(
         tokens[row, 1 : n + 1] = torch.tensor(encoded["input_ids"][:n])
         last = torch.tensor([end - 1 for _, end in encoded["offset_mapping"]])
         _label(document, last, kept[row, 1:], labels[row, 1:])
-        starts = [s.start for s in document.spans if (s.latent, s.value) == ANSWER_PART]
-        before = torch.searchsorted(last, torch.tensor(starts))
+        starts = torch.tensor([span.start for span in _parts(document, ANSWER_PART)])
+        before = torch.searchsorted(last, starts)
         asking[row, before[before < context]] = True
-    return Labelled(tokens, kept, labels, asking & kept)
+        for span in _parts(document, SUBJECT_PART):
+            naming[row, 1 : n + 1] |= ((last >= span.start) & (last < span.end))[:n]
+    return Labelled(tokens, kept, labels, asking & kept, naming & kept)
+
+
+def _parts(document: Document, part: tuple[int, int]) -> list[Span]:
+    """Where a document's sentences have that part, a latent variable and its value."""
+    return [span for span in document.spans if (span.latent, span.value) == part]
 
 
 def _label(

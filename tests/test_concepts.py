@@ -105,3 +105,16 @@ def test_a_short_context_cuts_sentences_out_whole(bpe: Any, labelled: concepts.L
         kept = short.tokens[row][short.kept[row]]
         assert kept[-1] == full_stop
         assert torch.equal(kept, labelled.tokens[row][labelled.kept[row]][: len(kept)])
+
+
+def test_names_are_the_tokens_of_the_subjects(bpe: Any, labelled: concepts.Labelled) -> None:
+    table, found = facts.load(), 0
+    for row in range(len(labelled.tokens)):
+        on = labelled.naming[row].nonzero()[:, 0]
+        told = labelled.values[row, :, SUBJECT]
+        for run in torch.tensor_split(on, (on.diff() > 1).nonzero()[:, 0] + 1):
+            name = bpe.decode(labelled.tokens[row, run]).strip()
+            assert name in table.subjects
+            assert told[run[-1] + 1] == table.subjects.index(name)
+            found += 1
+    assert found == int(labelled.asking.sum())
