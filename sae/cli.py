@@ -198,7 +198,7 @@ def _verb(name: str, text: str) -> Callable[[Callable], Callable]:
     return register
 
 
-@_verb("train", "train an SAE for each hookpoint")
+@_verb("train", "train an SAE for each hookpoint, or many in a grid of settings")
 def train(args: list[str]) -> int:
     """sae train."""
     from sae import config
@@ -224,6 +224,9 @@ def train(args: list[str]) -> int:
             metavar=flag.type,
             help=(flag.help + shown).replace("%", "%%"),
         )
+    parser.epilog = f"--grid.SETTING value …: {config.grid_help()}"
+    for flag in config.grid_flags():
+        parser.add_argument(f"--{flag.name}", nargs="+", action="extend", help=argparse.SUPPRESS)
     given, mistakes = parser.sift(args)
     settings = vars(parser.parse_args(given))
     own = ("config", "dry_run", "resume", "max_time", "allow_changed_environment")
@@ -334,9 +337,9 @@ def evaluate(args: list[str]) -> None:
     with Bar("evaluating", n_tokens) as bar:
         found = evaluate_run(opened, n_tokens=n_tokens, ks=ks, progress=bar.advance)
     console = make_console()
-    for point, evaluation in found.items():
-        console.print(evaluation_table(evaluation))
-        print(f"written {opened.folders[point] / 'eval.json'}")
+    for name, evaluation in found.items():
+        console.print(evaluation_table(evaluation, name))
+        print(f"written {opened.folders[name] / 'eval.json'}")
     print(f"next: sae features {_run(opened.run.path, _text(given, 'sae'))}")
 
 
@@ -429,8 +432,8 @@ def _top_of_text(given: dict[str, object]) -> None:
     from sae.terminal import make_console, prompt_view
 
     console = make_console()
-    for point, found in features_of(opened, str(given["text"])).items():
-        print(visible(str(point)))
+    for name, found in features_of(opened, str(given["text"])).items():
+        print(visible(name))
         console.print(prompt_view(found, console))
 
 

@@ -4,7 +4,9 @@ YAML files and command-line flags are merged first and checked once, so both fol
 and all mistakes are reported together. The docstring below each field is its `--help` text.
 """
 
+import itertools
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +22,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     ValidationError,
     field_validator,
     model_validator,
@@ -72,6 +75,47 @@ def _to_the_end(value: tuple[float, ...]) -> tuple[float, ...]:
     return value
 
 
+def _axes(value: object) -> object:
+    """Pairs of a dotted setting and its values: `sae: {d_sae: 8}` is `sae.d_sae: [8]`."""
+    return tuple(dict(_pairs(value)).items()) if isinstance(value, Mapping) else value
+
+
+def _pairs(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, tuple[Any, ...]]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _pairs(value, f"{prefix}{key}.")
+        elif value != []:
+            values = value if isinstance(value, list | tuple) else [value]
+            yield f"{prefix}{key}", tuple(map(_frozen, values))
+
+
+def _frozen(value: object) -> object:
+    """Lists as tuples, which can be hashed."""
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
+
+
+def _of_a_grid(value: "Axes") -> "Axes":
+    """Refuse settings that all SAEs of a run share, values given twice, and too many SAEs."""
+    lines = [line for key, values in value for line in _axis_mistakes(key, values)]
+    if (count := math.prod(len(values) for _, values in value)) > MOST_POINTS:
+        lines.append(f"grid: {count:,} SAEs a hookpoint came, wanted at most {MOST_POINTS}")
+    if lines:
+        raise PydanticCustomError("grid", "{lines}", {"lines": "\n".join(lines)})
+    return value
+
+
+def _axis_mistakes(key: str, values: tuple[Any, ...]) -> Iterator[str]:
+    keys = grid_keys()
+    shown = f"grid.{key}" if key.isprintable() else f"grid: {_show(key)}"
+    if key not in keys:
+        shared = key in {leaf.name for leaf in _leaves(TrainConfig)}
+        why = "all SAEs of a run share it" if shared else "unknown setting"
+        near = "" if shared else suggest(key, keys)
+        yield f"{shown}: {why}{near or '; wanted sae.*, seed, or such as optim.lr'}"
+    elif len({value_name(each) for each in values}) < len(values):
+        yield f"{shown}: {_show(values)} came, wanted each value once"
+
+
 _Int = Annotated[int, BeforeValidator(_number)]
 _Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 
@@ -103,6 +147,14 @@ Places = Annotated[
     tuple[Text, ...],
     BeforeValidator(_listed),
     Wanted("a list of hookpoints, at least one and each once"),
+]
+Axes = tuple[tuple[Text, tuple[Any, ...]], ...]
+Grid = Annotated[
+    Axes,
+    BeforeValidator(_axes),
+    AfterValidator(_of_a_grid),
+    PlainSerializer(dict),
+    Wanted("settings of an SAE, each with a list of values, such as sae.sparsity.l1: [4, 8]"),
 ]
 
 # The settings
@@ -430,6 +482,11 @@ class TrainConfig(Settings):
     """Tokens to train on, 1e6 to 1e9."""
     seed: Seed = 0
     """Seed of every random choice, 0 to 4294967295."""
+    grid: Grid = ()
+    """Settings of which several values are trained side by side from one reading of the text, such
+    as sae.sparsity.l1: [4, 8] and seed: [0, 1]: an SAE for each combination and hookpoint. May be
+    any of sae, the optimiser's but for batch, pool, llm_batch and max_norm, and seed (that of the
+    weights; the order of the text is that of the run's own)."""
     device: Device = "auto"
     """Where to compute: auto, cpu, cuda or cuda:N; auto takes a GPU where there is one."""
     output: Text | None = None
@@ -477,6 +534,11 @@ class TrainConfig(Settings):
             raise _clash("targets", [*self.targets], "{other} beside them", "inputs", inputs)
 
 
+SHARED = ("optim.batch", "optim.pool", "optim.llm_batch", "optim.max_norm")
+"""Settings of the optimiser that are about the text, which all SAEs of a run read together."""
+MOST_POINTS = 256
+"""SAEs that a grid may have at each hookpoint."""
+
 _DEFAULT_KIND = "relu_l1"
 _KIND = "sae.sparsity.kind"
 
@@ -505,6 +567,66 @@ def moving(start: float, end: float, done: float, span: tuple[float, float]) -> 
     return start + (end - start) * (done - first) / (last - first)
 
 
+# Grids
+
+
+def grid_keys() -> list[str]:
+    """The settings that may differ between the SAEs of one run."""
+    names = dict.fromkeys(leaf.name for leaf in _leaves(TrainConfig))
+    own = ("sae", "optim", "seed")
+    return [name for name in names if name.partition(".")[0] in own and name not in SHARED]
+
+
+class Point(NamedTuple):
+    """A combination of a grid's values, and the config with them in place and no grid."""
+
+    settings: dict[str, Any]
+    config: TrainConfig
+
+    @property
+    def suffix(self) -> str:
+        """What tells its SAE from others in file names: '-l1=8-seed=1', '' without a grid."""
+        pairs = self.settings.items()
+        return "".join(f"-{key.rpartition('.')[2]}={value_name(value)}" for key, value in pairs)
+
+
+def points(config: TrainConfig) -> list[Point]:
+    """Every combination, the last setting changing fastest; without a grid the config alone.
+
+    Another `sae.sparsity.kind` drops the settings of the config's own kind. Raises ConfigError
+    naming every mistake.
+    """
+    if not config.grid:
+        return [Point({}, config)]
+    names, values = zip(*config.grid, strict=True)
+    found, mistakes = [], dict[str, None]()
+    for combination in itertools.product(*values):
+        settings = dict(zip(names, combination, strict=True))
+        try:
+            found.append(Point(settings, _with(config, settings)))
+        except ConfigError as error:
+            mistakes |= dict.fromkeys(f"grid.{line}" for line in str(error).splitlines())
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    return found
+
+
+def _with(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConfig:
+    data = config.model_dump(mode="json", exclude={"grid"})
+    if _KIND in settings:
+        _switch_kind(data, settings[_KIND])
+    for key, value in settings.items():
+        _put(data, key, value)
+    return _validate(data, [])
+
+
+def value_name(value: object) -> str:
+    """A value as a part of a file name: 8, 0.001, topk, 0.25_1."""
+    if isinstance(value, list | tuple):
+        return "_".join(map(value_name, value))
+    return _safe(str(value).lower() if isinstance(value, bool | None) else str(value))
+
+
 # For the command line
 
 
@@ -527,6 +649,20 @@ def flags() -> list[Flag]:
     return [_flag(leaves) for leaves in same_name.values()]
 
 
+def grid_flags() -> list[Flag]:
+    """`--grid.<setting> value …` of every setting that a grid may hold."""
+    return [
+        Flag(f"grid.{flag.name}", flag.type, (), flag.help, many=True)
+        for flag in flags()
+        if flag.name in grid_keys()
+    ]
+
+
+def grid_help() -> str:
+    """What `grid` is."""
+    return " ".join((TrainConfig.model_fields["grid"].description or "").split())
+
+
 def _flag(leaves: list["_Leaf"]) -> Flag:
     name, field, default, _ = leaves[0]
     text = " ".join((field.description or "").split())
@@ -544,6 +680,7 @@ def run_name(config: TrainConfig) -> str:
     sparsity, sae = config.sae.sparsity, config.sae
     width = f"x{sae.expansion_factor}" if sae.d_sae is None else f"d{sae.d_sae}"
     parts = [model, places, sparsity.kind, width]
+    parts += ["grid", *(key.rpartition(".")[2] for key, _ in config.grid)] if config.grid else []
     if sae.skip:
         parts.append("skip")
     if len(sae.prefixes) > 1:
@@ -591,6 +728,7 @@ def resolve(path: str | Path | None, overrides: Mapping[str, object]) -> TrainCo
     """
     data = _tidy({} if path is None else _read(Path(path)), TrainConfig)
     leaves = {leaf.name: leaf.field for leaf in _leaves(TrainConfig)}
+    leaves |= {f"grid.{key}": leaves[key] for key in grid_keys()}
     if _KIND in overrides:
         _switch_kind(data, overrides[_KIND])
     lines: list[str] = []
@@ -870,12 +1008,15 @@ def _validate(data: dict[str, Any], lines: list[str]) -> TrainConfig:
             raise ConfigError("\n".join(lines))
     if lines:
         raise ConfigError("\n".join(lines))
+    points(config)
     return config
 
 
 def _mistake(error: ErrorDetails, data: Mapping[Any, Any]) -> _Mistake:
     """One of pydantic's errors in plain words, and the settings it is about."""
     place = _locate(error["loc"])
+    if error["type"] == "grid":
+        return _Mistake((place.path,), error.get("ctx", {})["lines"])
     if error["type"] == "clash":
         return _clashing(place.path, error.get("ctx", {}))
     key = ".".join(place.path)
@@ -984,7 +1125,10 @@ class _Leaf(NamedTuple):
 
 
 def _leaves(model: type[BaseModel], prefix: str = "", kind: str | None = None) -> Iterator[_Leaf]:
-    """Every single setting of a group and the groups below it, variants one after the other."""
+    """Every single setting of a group and the groups below it, variants one after the other.
+
+    But for `grid`, which holds settings itself.
+    """
     for name, field in model.model_fields.items():
         groups = _groups(field)
         if "" in groups:
@@ -993,7 +1137,7 @@ def _leaves(model: type[BaseModel], prefix: str = "", kind: str | None = None) -
             yield _Leaf(f"{prefix}{name}.kind", field, _DEFAULT_KIND, None)
             for variant, group in groups.items():
                 yield from _leaves(group, f"{prefix}{name}.", variant)
-        elif not (kind and name == "kind"):
+        elif not (kind and name == "kind") and name != "grid":
             yield _Leaf(prefix + name, field, field.default, kind)
 
 

@@ -700,7 +700,7 @@ def _summary(
     behind = bench.neurons[key]
     site = None if behind is None else sites[behind]
     return Evaluation(
-        hookpoint=str(key),
+        hookpoint=str(bench.routes[key]),
         d_in=sae.d_in,
         d_out=sae.d_out,
         d_sae=sae.d_sae,

@@ -121,7 +121,7 @@ def scan(
         written = {}
         for (name, path), spill in zip(saes.items(), spills, strict=True):
             effects = _Effects(model, spill.route, spill.sae, text.pieces, settings)
-            written[name] = _write(path, name, spill, effects, text, source, settings)
+            written[name] = _write(path, spill, effects, text, source, settings)
         return written
 
 
@@ -642,7 +642,6 @@ def _from_embedding(
 
 def _write(
     sae_folder: Path,
-    hookpoint: str,
     spill: _Spill,
     effects: _Effects,
     text: _Text,
@@ -653,7 +652,7 @@ def _write(
     xy, how = places(_Directions(effects), settings.chunk_bytes)
     manifest = {
         **source,
-        "hookpoint": hookpoint,
+        "hookpoint": str(spill.route),
         "sae_sha256": sha256(sae_folder / WEIGHTS),
         "d_sae": spill.sae.d_sae,
         "tokens": text.n_tokens,

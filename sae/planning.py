@@ -16,7 +16,7 @@ import torch
 from sae import checkpoint, language_model, steps
 from sae.activations import read
 from sae.autoencoder import SparseAutoencoder, locate, read_config
-from sae.config import TrainConfig, run_name
+from sae.config import TrainConfig, points, run_name
 from sae.data import TokenBatch, TokenSource, open_source
 from sae.errors import ConfigError, DataError, RunError, SAEError
 from sae.hooks import Hookpoint, resolve, width
@@ -24,7 +24,7 @@ from sae.language_model import LanguageModel
 from sae.memory import MicroBatch
 from sae.routes import Route
 from sae.sparsity import Sparsity, make_sparsity, settings_of
-from sae.store import LOCK, versions
+from sae.store import LOCK, folder_name, versions
 
 ADAM_COPIES = 4
 """Weights, gradients and Adam's two moments."""
@@ -33,6 +33,8 @@ SOURCE_BYTES = 16
 TYPICAL_L0 = 32
 """Active features a token assumed where a step is timed: the step of a trained SAE."""
 TIMED_STEPS = 3
+LONGEST_NAME = 200
+"""Characters of an SAE's folder; file systems take 255, and temporary ones have longer names."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +47,25 @@ class Inputs:
 
 
 @dataclass(frozen=True)
+class Member:
+    """One SAE of a run: what it reads and rebuilds, its own config, and what of it a grid sets."""
+
+    route: Route
+    config: TrainConfig
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Plan(Inputs):
     """A checked run: `lines` says in words what it will read, make and need.
 
-    `routes`: what each SAE, by its name, reads and rebuilds. `kept_as` is the type of the
-    activations in the pool: under autocast some stay in fp32.
+    `members`: the SAEs by name, one for each hookpoint (or the map) and point of the grid.
+    `kept_as` is the type of the activations in the pool: under autocast some stay in fp32.
     """
 
     config: TrainConfig
     dtype: torch.dtype
-    routes: dict[str, Route]
+    members: dict[str, Member]
     widths: dict[Hookpoint, int]
     kept_as: dict[Hookpoint, torch.dtype]
     output: Path
@@ -64,20 +75,21 @@ class Plan(Inputs):
         """All that are read, each once."""
         return list(self.widths)
 
-    def shape(self, route: Route) -> tuple[int, int, int]:
+    def shape(self, member: Member) -> tuple[int, int, int]:
         """d_in, d_sae and d_out of an SAE."""
-        d_in, d_out = (sum(self.widths[p] for p in s) for s in (route.inputs, route.targets))
-        return d_in, self.config.sae.width(d_in), d_out
+        sides = (member.route.inputs, member.route.targets)
+        d_in, d_out = (sum(self.widths[point] for point in side) for side in sides)
+        return d_in, member.config.sae.width(d_in), d_out
 
     def lines(self) -> Iterator[tuple[str, str]]:
         """Pairs of what and how much, for the table shown before the start."""
         config, available = self.config, self.source.tokens_available
         yield "model", f"{self.lm.name} on {self.device}, {str(self.dtype).removeprefix('torch.')}"
         yield "text", f"{self.source.name}, fingerprint {self.source.fingerprint}"
-        for name, route in self.routes.items():
-            d_in, d_sae, d_out = self.shape(route)
-            to = f" → {d_out}" if route.is_map else ""
-            yield "SAE", f"{name}: {d_in} → {d_sae:,} features{to}, {self._recipe()}"
+        for name, member in self.members.items():
+            d_in, d_sae, d_out = self.shape(member)
+            to = f" → {d_out}" if member.route.is_map else ""
+            yield "SAE", f"{name}: {d_in} → {d_sae:,} features{to}, {_recipe(member.config)}"
         have = "unknown (a stream)" if available is None else f"{available:,}"
         yield "tokens", f"{config.tokens:,} needed, {have} in one pass of the training text"
         if available is not None and config.tokens > available:
@@ -107,10 +119,10 @@ class Plan(Inputs):
 
     def sae_bytes(self) -> int:
         """fp32 weights of every SAE."""
-        skip = self.config.sae.skip
+        shapes = ((*self.shape(each), each.config.sae.skip) for each in self.members.values())
         return 4 * sum(
             d_sae * (d_in + d_out + 1) + d_out + (d_in * d_out if skip else 0)
-            for d_in, d_sae, d_out in map(self.shape, self.routes.values())
+            for d_in, d_sae, d_out, skip in shapes
         )
 
     def seconds_per_token(self) -> float:
@@ -121,14 +133,14 @@ class Plan(Inputs):
         )
         return seconds / rows.tokens.numel()
 
-    def _recipe(self) -> str:
-        sparsity, target = sparsity_of(self.config), self.config.sae.sparsity.wanted_l0()
-        amount = f"{sparsity.l0_knob} {sparsity.config()[sparsity.l0_knob]:g}"
-        steered = f"L0 {target:g} by steering {sparsity.l0_knob}" if target else amount
-        p = self.config.sae.sparsity.at(1.0).p
-        power = f", p 1 → {p:g}" if p != 1 else ""
-        skip = " and W_skip" if self.config.sae.skip else ""
-        return f"{sparsity.kind} {steered}{power}{skip}"
+
+def _recipe(config: TrainConfig) -> str:
+    sparsity, target = sparsity_of(config), config.sae.sparsity.wanted_l0()
+    amount = f"{sparsity.l0_knob} {sparsity.config()[sparsity.l0_knob]:g}"
+    steered = f"L0 {target:g} by steering {sparsity.l0_knob}" if target else amount
+    p = config.sae.sparsity.at(1.0).p
+    power = f", p 1 → {p:g}" if p != 1 else ""
+    return f"{sparsity.kind} {steered}{power}{' and W_skip' if config.sae.skip else ''}"
 
 
 def plan(config: TrainConfig, *, resuming: bool = False) -> Plan:
@@ -145,8 +157,8 @@ def plan(config: TrainConfig, *, resuming: bool = False) -> Plan:
     _check_pool(config)
     device = pick_device(config.device)
     lm = open_model(config, device)
-    routes = {str(route): route for route in _routes(lm, config)}
-    hookpoints = list(dict.fromkeys(p for route in routes.values() for p in route.points))
+    members = _members(_routes(lm, config), config)
+    hookpoints = list(dict.fromkeys(p for each in members.values() for p in each.route.points))
     source = open_source(config.data, lm.tokenizer, config.seed)
     _check_amount(config, source)
     dtype = pick_dtype(config.model.dtype, device)
@@ -156,7 +168,7 @@ def plan(config: TrainConfig, *, resuming: bool = False) -> Plan:
         source=source,
         config=config,
         dtype=dtype,
-        routes=routes,
+        members=members,
         widths={point: width(lm.model, point) for point in hookpoints},
         kept_as=_types(lm, hookpoints, dtype),
         output=output,
@@ -172,6 +184,21 @@ def _routes(lm: LanguageModel, config: TrainConfig) -> list[Route]:
         return [Route.at(point) for point in resolve(lm.model, config.hookpoints)]
     inputs, targets = (tuple(resolve(lm.model, s)) for s in (config.inputs, config.targets))
     return [Route(inputs, targets)]
+
+
+def _members(routes: list[Route], config: TrainConfig) -> dict[str, Member]:
+    """Each point of the grid at each place; ConfigError where a name is too long for a folder."""
+    found = {
+        f"{route}{point.suffix}": Member(route, point.config, point.settings)
+        for route in routes
+        for point in points(config)
+    }
+    if config.grid and len(longest := max(map(folder_name, found), key=len)) > LONGEST_NAME:
+        raise ConfigError(
+            f"grid: an SAE would be named {longest[:60]}…, {len(longest)} characters, wanted at "
+            f"most {LONGEST_NAME}; vary fewer settings at a time"
+        )
+    return found
 
 
 def _types(
@@ -220,7 +247,7 @@ def estimate(plan: Plan) -> list[tuple[str, str]]:
     """How long the run will take, from one batch of text and a few steps on random activations."""
     config = plan.config
     reading = plan.seconds_per_token()
-    stepping = sum(_step_seconds(plan, name) for name in plan.routes) / config.optim.batch
+    stepping = sum(_step_seconds(plan, name) for name in plan.members) / config.optim.batch
     seconds = (config.tokens + config.optim.pool) * reading + config.tokens * stepping
     speed = config.tokens / seconds
     return [("time", f"about {_duration(seconds)} ({speed:,.0f} tokens/s)")]
@@ -228,8 +255,9 @@ def estimate(plan: Plan) -> list[tuple[str, str]]:
 
 def _step_seconds(plan: Plan, name: str) -> float:
     """Time of one training step of an SAE as sparse as a trained one."""
-    config, route = plan.config, plan.routes[name]
-    d_in, d_sae, d_out = plan.shape(route)
+    member = plan.members[name]
+    config, route = member.config, member.route
+    d_in, d_sae, d_out = plan.shape(member)
     shape = d_in, d_sae, sparsity_of(config), d_out, not route.is_map
     sae = SparseAutoencoder(*shape, skip=config.sae.skip, device=plan.device)
     x = torch.randn(config.optim.batch, d_in, device=plan.device)
@@ -380,28 +408,28 @@ def _check_amount(config: TrainConfig, source: TokenSource) -> None:
 
 def _check_saes(plan: Plan) -> None:
     """The sparsity fits the widths, and the weights to start from fit the run."""
-    config, sparsity = plan.config, plan.config.sae.sparsity
-    for name, route in plan.routes.items():
-        _, d_sae, _ = plan.shape(route)
+    for name, member in plan.members.items():
+        _, d_sae, _ = plan.shape(member)
+        config, sparsity = member.config, member.config.sae.sparsity
         for key in ("k", "k_start", "target_l0"):
             if (amount := getattr(sparsity, key, None) or 0) > d_sae:
                 raise ConfigError(
                     f"sae.sparsity.{key}: {amount:g} came, wanted at most the {d_sae} features of "
                     f"{name}"
                 )
-        if config.sae.skip and not route.is_map:
+        if config.sae.skip and not member.route.is_map:
             raise ConfigError(
                 f"sae.skip: true came, but {name} is rebuilt from itself; give inputs and targets "
                 "that differ, or leave it out"
             )
         if config.init_from is not None:
-            _check_start(plan, name, route)
+            _check_start(plan, name, member)
 
 
-def _check_start(plan: Plan, name: str, route: Route) -> None:
+def _check_start(plan: Plan, name: str, member: Member) -> None:
     """SAEError where `init_from` holds an SAE of another kind, size or place, or a damaged one."""
-    config = plan.config
-    d_in, d_sae, d_out = plan.shape(route)
+    config, route = member.config, member.route
+    d_in, d_sae, d_out = plan.shape(member)
     try:
         folder = locate(config.init_from or "", name)
         old = read_config(folder)
@@ -419,13 +447,13 @@ def _check_start(plan: Plan, name: str, route: Route) -> None:
         ),
         "sparsity.kind": (old["sparsity"]["kind"], config.sae.sparsity.kind),
     }
-    _check_origin(plan, name, folder, old.get("metadata") or {})
+    _check_origin(plan, str(route), folder, old.get("metadata") or {})
     wrong = [f"{key} {came}, not {new}" for key, (came, new) in pairs.items() if came != new]
     if wrong:
         raise ConfigError(f"init_from: {folder} has {', '.join(wrong)}; make sae.* the same")
 
 
-def _check_origin(plan: Plan, name: str, folder: Path, metadata: dict[str, Any]) -> None:
+def _check_origin(plan: Plan, place: str, folder: Path, metadata: dict[str, Any]) -> None:
     """ConfigError where an SAE says that it is of another model or hookpoint.
 
     A model may have moved: it is the same where its revision is.
@@ -435,8 +463,8 @@ def _check_origin(plan: Plan, name: str, folder: Path, metadata: dict[str, Any])
     moved = revision is not None and revision == lm.revision
     if model != lm.name and not moved:
         raise ConfigError(f"init_from: {folder} is of the model {model}, not of {lm.name}")
-    if metadata.get("hookpoint", name) != name:
-        raise ConfigError(f"init_from: {folder} is of {metadata['hookpoint']}, not of {name}")
+    if metadata.get("hookpoint", place) != place:
+        raise ConfigError(f"init_from: {folder} is of {metadata['hookpoint']}, not of {place}")
 
 
 def _check_room(plan: Plan) -> None:
@@ -444,7 +472,7 @@ def _check_room(plan: Plan) -> None:
     needed, there = plan.memory_bytes(), _memory(plan.device)
     if there is not None and needed > there:
         widths, pool = plan.widths.values(), plan.config.optim.pool
-        most = max(d_sae for _, d_sae, _ in map(plan.shape, plan.routes.values()))
+        most = max(d_sae for _, d_sae, _ in map(plan.shape, plan.members.values()))
         largest = f"sae.d_sae: {most:,} features"
         if plan.pool_bytes() > ADAM_COPIES * plan.sae_bytes():
             largest = f"optim.pool: {pool:,} tokens of {sum(widths):,} activations"

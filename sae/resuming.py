@@ -42,24 +42,25 @@ def is_complete(run: Path) -> bool:
 
 def check_complete(run: Path, chosen: TrainConfig) -> None:
     """ConfigError where a run that is complete was trained with other settings."""
-    lines = list(_differences(config.load(run / "config.yaml").model_dump(mode="json"), chosen))
+    lines = list(_differences(config.load(run / "config.yaml"), chosen))
     if lines:
         raise ConfigError("\n".join([*lines, f"{run} is complete; --init-from trains it further"]))
 
 
 def check_config(saved: Checkpoint, chosen: TrainConfig) -> None:
     """ConfigError with a line for each setting that is not as the run was started with."""
-    if lines := list(_differences(saved.facts["config"], chosen)):
+    started_with = TrainConfig.model_validate(saved.facts["config"])
+    if lines := list(_differences(started_with, chosen)):
         raise ConfigError("\n".join(lines))
 
 
-def _differences(started_with: Mapping[str, Any], chosen: TrainConfig) -> Iterator[str]:
-    before = dict(_flat(started_with))
-    for key, value in _flat(chosen.model_dump(mode="json")):
-        if value != before.get(key) and key.partition(".")[0] not in FREE:
+def _differences(started_with: TrainConfig, chosen: TrainConfig) -> Iterator[str]:
+    before, now = (dict(_flat(each.model_dump(mode="json"))) for each in (started_with, chosen))
+    for key in {**now, **before}:  # a grid may have lost a setting
+        if now.get(key) != before.get(key) and key.partition(".")[0] not in FREE:
             yield (
-                f"{key}: {value!r} came, the run to resume has {before.get(key)!r}; leave it out, "
-                "or start another run"
+                f"{key}: {now.get(key)!r} came, the run to resume has {before.get(key)!r}; leave "
+                "it out, or start another run"
             )
 
 

@@ -25,6 +25,8 @@ Progress = Callable[[int], None]
 class OpenRun:
     """A run with its model and text at hand; `folders` holds the chosen SAEs by name.
 
+    That is the hookpoint's, or the folder's where a run has several SAEs of one hookpoint.
+
     `routes` says what each reads and rebuilds, `changes` how the model and the text are not those
     of the training, if so.
     """
@@ -69,8 +71,13 @@ def open_run(path: str | Path, sae: str | None = None, device: str = "auto") -> 
     changes = list(dict.fromkeys(found))  # once, though every SAE of the run tells the same
     for change in changes:
         warnings.warn(f"{run.path}: {change}", stacklevel=2)
-    folders = {str(route): folder for folder, route in routes.items()}
-    return OpenRun(run, config, inputs, folders, {str(r): r for r in routes.values()}, changes)
+    folders = {_name(folder, route): folder for folder, route in routes.items()}
+    along = {name: routes[folder] for name, folder in folders.items()}
+    return OpenRun(run, config, inputs, folders, along, changes)
+
+
+def _name(folder: Path, route: Route) -> str:
+    return str(route) if folder.name == store.folder_name(str(route)) else folder.name
 
 
 def _route(folder: Path, manifest: Mapping[str, Any]) -> Route:

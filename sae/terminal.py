@@ -107,13 +107,16 @@ def prompt_view(
     return table
 
 
-def evaluation_table(evaluation: "Evaluation") -> RenderableType:
-    """The numbers of one SAE, those of its k largest neurons below, each ± its standard error."""
+def evaluation_table(evaluation: "Evaluation", name: str | None = None) -> RenderableType:
+    """The numbers of one SAE, those of its k largest neurons below, each ± its standard error.
+
+    `name`: the SAE's; its hookpoint where None.
+    """
     e, ce = evaluation, evaluation.cross_entropy
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column()
-    for name in ("FVU", "L0", "CE recovered", "(zero)"):
-        table.add_column(name, justify="right")
+    for column in ("FVU", "L0", "CE recovered", "(zero)"):
+        table.add_column(column, justify="right")
     recovered = (ce and ce.recovered_mean, ce and ce.recovered_zero)
     table.add_row("SAE", _estimate(e.fvu), _estimate(e.l0, 1), *map(_estimate, recovered))
     for site in e.sites:
@@ -128,7 +131,9 @@ def evaluation_table(evaluation: "Evaluation") -> RenderableType:
         table.add_row("all neurons", "", _estimate(e.neurons_l0, 1))
     to = f" → {e.d_out}" if e.d_out != e.d_in else ""
     size = f"{e.d_in} → {e.d_sae:,} features{to}, {e.n_tokens:,} held-out tokens"
-    title = Text(e.hookpoint, style="bold").append(f"  {size}", style="not bold dim")
+    title = Text(visible(name or e.hookpoint), style="bold").append(
+        f"  {size}", style="not bold dim"
+    )
     return Group(title, table, *(Text(line, style="dim") for line in _remarks(evaluation)))
 
 

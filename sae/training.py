@@ -149,31 +149,34 @@ class Training:
         )
 
     def _learners(self, saved: Checkpoint | None) -> dict[str, Learner]:
-        plan, config, dtype = self.plan, self.plan.config, self.plan.dtype
+        plan, members, dtype = self.plan, self.plan.members, self.plan.dtype
         if saved:
-            parts = {name: saved.part(folder_name(name)) for name in plan.routes}
+            parts = {name: saved.part(folder_name(name)) for name in members}
             return {
-                name: Learner.restored(config, part, device=plan.device, dtype=dtype)
-                for name, part in parts.items()
+                name: Learner.restored(each.config, parts[name], device=plan.device, dtype=dtype)
+                for name, each in members.items()
             }
         found = self.stream.statistics()
-        sides = {name: _sides(route, found) for name, route in plan.routes.items()}
-        if config.init_from is not None:
-            starts = {name: locate(config.init_from, name) for name in plan.routes}
+        sides = {name: _sides(each.route, found) for name, each in members.items()}
+        if start := plan.config.init_from:
             return {
-                name: Learner.going_on(config, folder, *sides[name], dtype=dtype)
-                for name, folder in starts.items()
+                name: Learner.going_on(each.config, locate(start, name), *sides[name], dtype=dtype)
+                for name, each in members.items()
             }
-        most = max(d_sae for _, d_sae, _ in map(plan.shape, plan.routes.values()))
-        tokens = self._peek(min(most, len(self.stream))) if config.sae.init == "data" else {}
+        by_data = [name for name, each in members.items() if each.config.sae.init == "data"]
+        most = max((plan.shape(members[name])[1] for name in by_data), default=0)
+        peeked = self._peek(min(most, len(self.stream)))
+        tokens = {name: peeked[name] for name in by_data}
         return {
-            name: Learner.begin(config, *sides[name], tokens.get(name), dtype=dtype)
-            for name in plan.routes
+            name: Learner.begin(each.config, *sides[name], tokens.get(name), dtype=dtype)
+            for name, each in members.items()
         }
 
     def _peek(self, n: int) -> Batches:
-        tokens = self.stream.peek(n)
-        return {name: Batch.along(route, tokens) for name, route in self.plan.routes.items()}
+        return self._along(self.stream.peek(n))
+
+    def _along(self, tokens: Mapping[Hookpoint, Batch]) -> Batches:
+        return {n: Batch.along(each.route, tokens) for n, each in self.plan.members.items()}
 
     @property
     def seconds(self) -> float:
@@ -204,9 +207,7 @@ class Training:
         self.stream.stop = stop
         drawn = self.stream.draw()
         self._text_ended = drawn is None and not stop()
-        if drawn is None:
-            return None
-        return {name: Batch.along(route, drawn) for name, route in self.plan.routes.items()}
+        return None if drawn is None else self._along(drawn)
 
     def gradients(self, batches: Batches) -> dict[str, StepStats]:
         """What each learner measures; its weights stay as they are."""
@@ -331,9 +332,9 @@ def _gave_up(training: Training) -> RunError:
 
 def save(plan: Plan, name: str, learner: Learner, examples: Batch, tokens: int, ended: str) -> None:
     """Write one SAE for raw activations, with its origin and what it gives for examples."""
-    available, route = plan.source.tokens_available, plan.routes[name]
+    available, member = plan.source.tokens_available, plan.members[name]
     origin = {
-        **route.origin(),
+        **member.route.origin(),
         "model": plan.lm.name,
         "revision": plan.lm.revision,
         "data": plan.source.name,
@@ -342,17 +343,19 @@ def save(plan: Plan, name: str, learner: Learner, examples: Batch, tokens: int, 
         "epochs": round(tokens / available, 3) if available else None,
         "ended": ended,
         **learner.scales(),
-        "seed": plan.config.seed,
+        "seed": member.config.seed,
+        **({"grid": member.settings} if member.settings else {}),
     }
     folder = plan.output / "saes" / folder_name(name)
-    targets = examples.y if route.is_map else None
+    targets = examples.y if member.route.is_map else None
     with store.staged(folder, extra=origin, overwrite=True) as staging:
         learner.raw().save_pretrained(staging, origin, inputs=examples.x, targets=targets)
 
 
 class Log:
-    """metrics.jsonl, one line a logged step and hookpoint, with its optional mirror; events.jsonl.
+    """metrics.jsonl, one line a logged step and SAE, with its optional mirror; events.jsonl.
 
+    A line names the hookpoint; of a grid's SAEs also the name and the settings that the grid sets.
     Both begin where the training does: lines of steps that a kill has undone are cut off.
     """
 
@@ -375,10 +378,13 @@ class Log:
 
     def write(self, training: Training, rows: dict[str, dict[str, float]]) -> None:
         """Append the metrics of every SAE; a number that is not finite becomes null."""
-        for hookpoint, metrics in rows.items():
+        for name, metrics in rows.items():
+            member = self._plan.members[name]
+            which = {"sae": name, **member.settings} if member.settings else {}
             finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-            self._append("metrics", training, {"hookpoint": hookpoint} | finite)
-            self._mirror.log({f"{hookpoint}/{k}": v for k, v in finite.items()}, training.tokens)
+            row = {"hookpoint": str(member.route)} | which | finite
+            self._append("metrics", training, row)
+            self._mirror.log({f"{name}/{k}": v for k, v in finite.items()}, training.tokens)
 
     def event(self, training: Training, name: str, facts: dict[str, Any]) -> None:
         """Append what happened beside the steps."""

@@ -203,7 +203,7 @@ def test_directions_are_those_of_the_decoder(made: Planted) -> None:
 
 def test_the_history_is_that_of_the_logs(trained: Path) -> None:
     rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
-    found = history(trained, "layers.1.mlp_act", Run(trained).sae())
+    found = history(trained, Run(trained).sae())
     assert found["curves"]["tokens"] == [row["tokens"] for row in rows]
     assert found["curves"]["l0"] == pytest.approx([row["l0"] for row in rows], rel=1e-5)
     assert found["evaluation"]["n_tokens"] > 0 and found["events"] == []

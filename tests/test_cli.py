@@ -27,6 +27,7 @@ import sae
 from sae import cli, planning, training
 from sae.autoencoder import SparseAutoencoder
 from sae.browser import server
+from sae.browser.pages import Pages
 from sae.records import FeatureDictionary
 from sae.store import Run, sha256
 
@@ -712,6 +713,32 @@ def test_lists_may_be_given_in_parts(place: Place, capsys: pytest.CaptureFixture
     assert "layers.1.mlp_act: 24 → 48" in out and "layers.0.mlp_out: 16 → 48" in out
     assert cli.main(["train", *flags(place.folder), "--optim.betas", "-1", "0.5"]) == 2
     assert "optim.betas: [-1, 0.5] came" in capsys.readouterr().err
+
+
+def test_a_grid_is_trained_evaluated_scanned_and_shown(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "grid"
+    options = [*flags(place.folder, output=str(run)), "--grid.sae.sparsity.k", "2", "4"]
+    assert cli.main(["train", *options, "--dry-run"]) == 0
+    names = [f"{SITE}-k={k}" for k in (2, 4)]
+    out = capsys.readouterr().out
+    assert all(f"SAE     {name}: 24 → 48" in out for name in names)
+    assert cli.main(["train", *options]) == 0 and list(Run(run).saes()) == names
+    for verb in (["evaluate"], ["features", "--tokens", "2000"], ["top", "--text", "the cat sat"]):
+        assert cli.main([verb[0], str(run), *verb[1:], "--device", "cpu"]) == 0
+        out = capsys.readouterr().out
+        assert all(name in out for name in names)
+    for name in names:
+        folder = Run(run).sae(name)
+        assert json.loads((folder / "eval.json").read_text())["hookpoint"] == SITE
+        assert cli.main(["top", str(run), "--sae", name]) == 0
+        assert name in capsys.readouterr().out
+        pages = Pages(Run(run).features(name))
+        assert pages.name.endswith(name) and len(pages.history()["curves"]["tokens"]) == 3
+    assert cli.main(["verify", str(run)]) == 0
+    assert cli.main(["train", *flags(place.folder), "--grid.optim.batch", "64"]) == 2
+    assert "--grid.optim.batch: no such option" in capsys.readouterr().err
 
 
 def test_training_goes_on_from_another_run(

@@ -23,7 +23,9 @@ from sae.config import (
     TrainConfig,
     dump,
     flags,
+    grid_flags,
     load,
+    points,
     resolve,
     run_name,
 )
@@ -171,6 +173,27 @@ MISTAKES = [
         "change either",
     ),
     ("tokens: 10", "tokens: 10 came, wanted at least optim.batch (1024); change either"),
+    (
+        "grid: 3",
+        "grid: 3 came, wanted settings of an SAE, each with a list of values, such as "
+        "sae.sparsity.l1: [4, 8]",
+    ),
+    (
+        "grid: {optim.batch: [1, 2]}",
+        "grid.optim.batch: all SAEs of a run share it; wanted sae.*, seed, or such as optim.lr",
+    ),
+    (
+        "grid: {tokens: [1, 2]}",
+        "grid.tokens: all SAEs of a run share it; wanted sae.*, seed, or such as optim.lr",
+    ),
+    ("grid: {sede: [1, 2]}", "grid.sede: unknown setting; did you mean 'seed'?"),
+    ("grid: {seed: [1, 1]}", "grid.seed: [1, 1] came, wanted each value once"),
+    ("grid: {seed: [1, x]}", 'grid.seed: "x" came, wanted a whole number from 0 to 4294967295'),
+    (
+        "grid: {sae: {sparsity: {k: 3}}}",
+        "grid.sae.sparsity.k: unknown setting; it belongs to sae.sparsity.kind: topk or batchtopk",
+    ),
+    (f"grid: {{seed: {[*range(300)]}}}", "grid: 300 SAEs a hookpoint came, wanted at most 256"),
     ('"\\e[31m\\n": 1', r'"\u001b[31m\n": unknown setting; a config has'),
 ]
 
@@ -207,6 +230,7 @@ def test_no_sentence_of_pydantic_reaches_the_user():
     """Whatever value lands on whatever setting, the message is ours."""
     odd = [None, True, -1, 2**80, 0.5, math.nan, "", "x", [], [None], {}, {"a": 1}, {1: 2}, b"x"]
     names = [flag.name for flag in flags()] + ["optim", "sae.sparsity", "sae", "nope"]
+    names += ["grid", "grid.seed", "grid.sae.sparsity.l1", "grid.sae.prefixes", "grid.nope"]
     for name in names:
         for value in odd:
             try:
@@ -378,6 +402,9 @@ configs = st.builds(
         lr_decay=share,
         grad_clip=st.none() | st.floats(1e-300, 1e300),
     ),
+    grid=st.fixed_dictionaries(
+        {}, optional={"seed": st.just([0, 1]), "sae.prefixes": st.just([[1.0], [0.5, 1.0]])}
+    ),
     output=text | st.none(),
 )
 
@@ -424,6 +451,36 @@ def test_run_names_say_what_was_trained():
     assert run_name(resolve(None, sides)) == name
     sides = {"inputs": "layers.*.mlp_out", "targets": "layers.*.mlp_out"}
     assert run_name(resolve(None, sides)) == "builtin-layers.all.mlp_out-relu_l1-x8"
+
+
+def test_a_grid_is_every_combination_of_its_values():
+    config = resolve(
+        None,
+        {
+            "seed": "3",
+            "grid": {"seed": [0, 1]},
+            "grid.sae.sparsity.kind": ["topk", "relu_l1"],
+            "grid.sae.prefixes": ["[1]", "[0.25, 1]"],
+        },
+    )
+    found = points(config)
+    suffixes = [point.suffix for point in found]
+    assert len(set(suffixes)) == 8 and suffixes[0] == "-seed=0-kind=topk-prefixes=1"
+    assert suffixes[-1] == "-seed=1-kind=relu_l1-prefixes=0.25_1"
+    for point in found:
+        assert not point.config.grid and point.config.seed == point.settings["seed"]
+        assert point.config.sae.sparsity.kind == point.settings["sae.sparsity.kind"]
+    assert found[1].config == resolve(
+        None, {"seed": "0", "sae.sparsity.kind": "topk", "sae.prefixes": ["0.25", "1"]}
+    )
+    assert points(TrainConfig()) == [({}, TrainConfig())]
+    assert run_name(config) == "builtin-layers.2.mlp_act-relu_l1-x8-grid-seed-kind-prefixes-seed_3"
+
+
+def test_grid_flags_are_those_of_the_settings_an_sae_has_of_its_own():
+    names = {flag.name for flag in grid_flags()}
+    assert {"grid.seed", "grid.sae.d_sae", "grid.sae.sparsity.l1", "grid.optim.lr"} <= names
+    assert not {"grid.optim.batch", "grid.tokens", "grid.hookpoints", "grid.data.source"} & names
 
 
 def test_width_is_a_multiple_of_the_input_unless_given():

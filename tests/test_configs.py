@@ -79,7 +79,7 @@ def test_recipe_plans(path, tmp_path, tokenizer, text_file):
     read = {str(point) for point in planned.hookpoints}
     for wanted in (*config.hookpoints, *config.inputs, *config.targets):
         assert fnmatch.filter(read, wanted)
-    assert len(planned.routes) == (len(config.hookpoints) or 1)
+    assert len(planned.members) == (len(config.hookpoints) or 1)
     assert all(width in (16, 32, 64) for width in planned.widths.values())
     assert dict(planned.lines())["tokens"].startswith(f"{config.tokens:,}")
 

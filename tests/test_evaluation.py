@@ -195,7 +195,7 @@ def test_the_mlp_itself_is_a_perfect_transcoder():
     (neurons,) = found.baseline
     wanted = baseline(model, OUT, [text()], n_tokens=10**6, ks=[round(value(found.l0))])
     assert value(neurons.fvu) == value(wanted[0].fvu)
-    assert (found.hookpoint, found.d_in, found.d_out) == ("map", D, D)
+    assert (found.hookpoint, found.d_in, found.d_out) == (str(route), D, D)
 
 
 ALL = tuple(Hookpoint(f"layers.{layer}.mlp_out") for layer in range(3))

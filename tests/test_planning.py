@@ -74,6 +74,24 @@ def test_a_plan_says_how_often_the_text_is_read_and_that_none_is_held_out(
         assert "NOTHING IS HELD OUT" in str(list(planned(folder, changes).lines()))
 
 
+def test_a_plan_of_a_grid_lists_its_saes_and_counts_them_all(folder: Path) -> None:
+    grid = {"hookpoints": "layers.*.mlp_act", "grid": {"sae.d_sae": [8, 48], "sae.sparsity.k": [2]}}
+    made = planned(folder, grid)
+    lines = [text for what, text in made.lines() if what == "SAE"]
+    assert len(lines) == len(made.members) == 4
+    assert lines[0] == "layers.0.mlp_act-d_sae=8-k=2: 24 → 8 features, topk k 2"
+    assert made.sae_bytes() == 2 * sum(4 * (2 * 24 * d_sae + d_sae + 24) for d_sae in (8, 48))
+    assert made.pool_bytes() == 512 * (2 * 4 * 24 + 16)  # of two hookpoints, whatever the grid
+    with pytest.raises(ConfigError, match=r"sae.sparsity.k: 40 came, wanted at most sae.d_sae"):
+        planned(folder, grid | {"grid.sae.sparsity.k": ["2", "40"]})
+
+
+def test_a_grid_whose_names_no_folder_can_have_is_refused(folder: Path) -> None:
+    prefixes = [*((n + 1) / 100 for n in range(60)), 1.0]
+    with pytest.raises(ConfigError, match=r"named layers.1.mlp_act-prefixes=0.01_.* at most 200"):
+        planned(folder, {"grid": {"sae.prefixes": [prefixes]}})
+
+
 @pytest.mark.parametrize("site", ["mlp_act", "mlp_in", "resid_pre"])
 def test_the_memory_counts_the_text_and_the_activations_as_they_arrive(
     folder: Path, site: str

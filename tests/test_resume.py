@@ -19,8 +19,8 @@ from variants import VARIANTS
 
 from sae import checkpoint, cli, store, training
 from sae.activations import ActivationStream
-from sae.errors import RunError
-from sae.resuming import saved_state
+from sae.errors import ConfigError, RunError
+from sae.resuming import check_config, saved_state
 from sae.store import Run, read_manifest, sha256
 
 BOTH = {"hookpoints": "layers.*.mlp_act"}
@@ -97,6 +97,19 @@ def test_an_interrupted_map_ends_in_the_same_bits(
     trained(folder, run, changes, report=interrupted(signal.SIGTERM, 17 * BATCH))
     trained(folder, run, changes, resume=saved_state(run))
     assert weights(run) == weights(whole) and len(weights(run)) == 1
+    assert metrics(run) == metrics(whole)
+
+
+def test_an_interrupted_grid_ends_in_the_same_bits(folder: Path, tmp_path: Path) -> None:
+    grid = {"grid": {"sae.sparsity.kind": ["topk", "relu_l1"], "sae.d_sae": [24, 48], "seed": [3]}}
+    changes, run = BOTH | grid | {"sae.sparsity.k": None}, tmp_path / "run"
+    whole = trained(folder, tmp_path / "whole", changes)
+    trained(folder, run, changes, report=interrupted(signal.SIGTERM, 17 * BATCH))
+    without = planned(folder, BOTH | {"output": str(tmp_path / "other")}).config
+    with pytest.raises(ConfigError, match=r"grid.seed: None came, the run to resume has \[3\]"):
+        check_config(saved_state(run), without)
+    trained(folder, run, changes, resume=saved_state(run))
+    assert weights(run) == weights(whole) and len(set(weights(run))) == 8
     assert metrics(run) == metrics(whole)
 
 

@@ -225,6 +225,8 @@ def evaluation(**changes: Any) -> Evaluation:
 def test_an_evaluation_has_its_numbers_with_their_errors() -> None:
     to = console(80)
     shown = " ".join(printed(evaluation_table(evaluation()), to).split())
+    named = printed(evaluation_table(evaluation(), "layers.1.mlp_act-k=4"), console(80))
+    assert named.startswith("layers.1.mlp_act-k=4  24 → 192 features")
     for words in (
         "layers.1.mlp_act 24 → 192 features, 100,000 held-out tokens",
         "SAE 0.123 ± 0.006 16.0 ± 0.2 0.950 ± 0.002 0.980 ± 0.001",

@@ -95,6 +95,34 @@ def test_k_goes_from_its_start_to_its_end(
     assert found == expected
 
 
+def test_each_sae_of_a_grid_is_that_of_a_run_of_its_own(folder: Path, tmp_path: Path) -> None:
+    """To the bit, from one forward pass for all; its manifest and the log say which it is."""
+    grid = {"grid": {"sae.sparsity.k": [2, 4], "sae.init": ["random", "data"]}}
+    single, _ = counted(planned(folder, BOTH | {"output": str(tmp_path / "single")}))
+    counts, run = counted(planned(folder, BOTH | grid | {"output": str(tmp_path / "grid")}))
+    assert counts == single and len(Run(run).saes()) == 8
+    alone = {"sae.sparsity.k": "2", "sae.init": "data", "output": str(tmp_path / "alone")}
+    other = Run(training.train(planned(folder, alone))).sae()
+    name = "layers.1.mlp_act-k=2-init=data"
+    assert sha256(Run(run).sae(name) / "sae.safetensors") == sha256(other / "sae.safetensors")
+    settings = {"sae.sparsity.k": 2, "sae.init": "data"}
+    assert read_manifest(Run(run).sae(name))["grid"] == settings
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    (first, *_) = [row for row in rows if row["sae"] == name]
+    assert first["hookpoint"] == "layers.1.mlp_act" and settings.items() <= first.items()
+
+
+def test_seeds_of_a_grid_differ_in_the_weights_alone(folder: Path, tmp_path: Path) -> None:
+    """The run's own seed decides about the text: with it, an SAE is that of a plain run."""
+    grid = {"grid.seed": ["0", "1"], "output": str(tmp_path / "grid"), "tokens": "512"}
+    saes = Run(training.train(planned(folder, grid))).saes()
+    plain = {"output": str(tmp_path / "plain"), "tokens": "512"}
+    alone = Run(training.train(planned(folder, plain))).sae()
+    zero, one = (sha256(sae / "sae.safetensors") for sae in saes.values())
+    assert zero == sha256(alone / "sae.safetensors") != one
+    assert [read_manifest(sae)["seed"] for sae in saes.values()] == [0, 1]
+
+
 def test_the_saved_weights_take_raw_activations(folder: Path, tmp_path: Path) -> None:
     """The stored SAE does on raw activations what the last logged step did on scaled ones."""
     from sae.activations import read
@@ -122,7 +150,8 @@ def test_a_map_reads_its_inputs_and_rebuilds_its_targets(
 
     fvu = []
     plan = planned(folder, MAPS[name] | {"output": str(tmp_path / "run"), "optim.lr": "0.01"})
-    ((given, route),) = plan.routes.items()
+    ((given, member),) = plan.members.items()
+    route = member.route
     run = training.train(plan, lambda _, rows: fvu.append(rows[given]["fvu"]))
     sae = SparseAutoencoder.from_pretrained(run)
     acts, _ = read(plan.lm.model, plan.hookpoints, next(plan.source.heldout(8)), plan.dtype)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sae.errors import FormatError, RunError
-from sae.store import Run
+from sae.store import Run, folder_name
 from sae.untrusted import read_json
 
 POINTS = 600
@@ -16,16 +16,16 @@ EVENTS = 1000
 CONFIG_BYTES = 1 << 20
 
 
-def history(run: Path, hookpoint: str | None, sae_folder: Path | None) -> dict[str, Any]:
-    """The curves of one hookpoint (None: of the first), events, eval.json and config.yaml."""
+def history(run: Path, sae_folder: Path | None) -> dict[str, Any]:
+    """The curves of one SAE (None: of the first), events, eval.json and config.yaml."""
     rows = list(_lines(run / "metrics.jsonl"))
-    hookpoint = hookpoint or next((str(row.get("hookpoint")) for row in rows), None)
-    own = [row for row in rows if row.get("hookpoint") == hookpoint]
+    sae = sae_folder.name if sae_folder else next(map(_sae, rows), None)
+    own = [row for row in rows if _sae(row) == sae]
     step = max(1, -(-len(own) // POINTS))
     kept = own[::step] + ([own[-1]] if own and (len(own) - 1) % step else [])
     curves = {name: [_number(row.get(name)) for row in kept] for name in ("tokens", *SHOWN)}
     return {
-        "hookpoint": hookpoint,
+        "hookpoint": str(own[0].get("hookpoint")) if own else None,
         "curves": curves,
         "seconds": _number(own[-1].get("seconds")) if own else None,
         "events": list(_lines(run / "events.jsonl"))[-EVENTS:],
@@ -49,11 +49,16 @@ class Training:
         """The part "run"; RunError for any other."""
         if key != "run":
             raise RunError(f"{self.name} has no dictionary yet; make it with: sae features RUN")
-        return history(self.run, None, None)
+        return history(self.run, None)
 
     def parts(self) -> Iterator[tuple[str, Any]]:
         """That one part."""
         yield "run", self.part("run")
+
+
+def _sae(row: dict[str, Any]) -> str:
+    """The folder of the SAE that a line of the log is about."""
+    return folder_name(str(row.get("sae", row.get("hookpoint"))))
 
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:

@@ -171,7 +171,7 @@ class Pages:
         """How the training went; without a run, nothing is known."""
         if self.run is None:
             raise RunError("this dictionary is not in a run, so nothing is known of its training")
-        return history(self.run, self.manifest.get("hookpoint"), self.folder.parent)
+        return history(self.run, self.folder.absolute().parent)
 
     def map(self) -> dict[str, Any]:
         """A place in two dimensions for each feature, in the order of the columns, and its making.
