@@ -5,6 +5,7 @@ written last, everything reaches the disk (fsync), and one rename puts it where 
 """
 
 import contextlib
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -96,7 +97,8 @@ def staged(
     """Fill a new folder that appears at `path`, with its manifest, when the block ends well.
 
     `extra` joins the manifest and may still be filled inside the block. If the block raises,
-    nothing changes at `path`. Raises RunError where something is there and `overwrite` is False.
+    nothing changes at `path`. Raises RunError where something is there and `overwrite` is False,
+    and OSError naming `path` where its disk is full.
     """
     path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,8 +110,11 @@ def staged(
         yield folder
         write_manifest(folder, extra)
         _publish(folder, path, overwrite)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            # the error names no file, one that is gone now, or the one that was to be copied
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise
 
 
@@ -236,9 +241,13 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     except FormatError as error:
         raise RunError(str(error)) from None
     number = manifest.get("format") if isinstance(manifest, dict) else None
-    if not isinstance(number, int) or not 1 <= number <= FORMAT:
+    if type(number) is not int or number < 1:
         raise RunError(
-            f"{file}: format {number!r} is not known to sae {__version__}, which reads up to "
+            f"{file} is damaged: it does not say its format; put back the file that belongs there"
+        )
+    if number > FORMAT:
+        raise RunError(
+            f"{file}: format {number} is not known to sae {__version__}, which reads up to "
             f"{FORMAT}; install a newer sae-toolkit"
         )
     files = manifest.get("files")

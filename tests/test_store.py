@@ -132,6 +132,13 @@ def test_folders_get_the_permissions_of_the_umask(tmp_path: Path) -> None:
     assert len(modes) == 1
 
 
+@pytest.mark.parametrize("named", [(), ("/a/file/that/was/read",)])
+def test_a_full_disk_is_named_by_what_was_to_be_there(tmp_path: Path, named: tuple) -> None:
+    with pytest.raises(OSError, match="No space") as caught, staged(tmp_path / "out"):
+        raise OSError(28, "No space left on device", *named)
+    assert caught.value.filename == str(tmp_path / "out") and not list(tmp_path.iterdir())
+
+
 def test_write_atomic_keeps_the_old_file_when_it_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,7 +170,8 @@ def test_json_is_without_nan(tmp_path: Path) -> None:
         (lambda file: file.unlink(), "not complete"),
         (lambda file: file.write_text(""), "cannot be read"),
         (lambda file: file.write_text(json.dumps({"format": 99})), "newer sae-toolkit"),
-        (lambda file: file.write_text("[]"), "format None"),
+        (lambda file: file.write_text("[]"), "is damaged: it does not say its format"),
+        (lambda file: file.write_text('{"format": true}'), "does not say its format"),
     ],
 )
 def test_a_broken_manifest_says_what_is_wrong(
