@@ -96,6 +96,11 @@ def import_labels(run: str | Path, source: str | Path, sae: str | None = None) -
 def _found(source: str, revision: str | None) -> Path:
     """The file or folder, of the Hub in its cache; RunError where there is none."""
     if Path(source).exists():
+        if revision:
+            raise RunError(
+                f"--revision {revision}: {source} lies on this disk and has no revisions; "
+                "leave it out"
+            )
         return Path(source)
     user, _, rest = source.partition("/")
     name, _, inside = rest.partition("/")

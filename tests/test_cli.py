@@ -369,6 +369,14 @@ MISTAKES = {
     "export without examples": (
         ["export", "@lost", "--format", "jsonl", "--out", "@x"], ["examples.parquet is missing"],
     ),
+    "revision of a folder": (
+        ["import", "@run", "--output", "@x", "--revision", "v1"], ["--revision v1", "this disk"],
+    ),
+    "import a run": (["import", "@run", "--output", "@x"], ["@run is a run already"]),
+    "import a file of a folder": (
+        ["import", "@run/saes/layers.1.mlp_act/sae.safetensors", "--output", "@x"],
+        ["give the folder @run/saes/layers.1.mlp_act, which looks like safetensors"],
+    ),
     "options alone": (["--tokens", "5"], ["no verb '--tokens'", "sae --help"]),
 }  # fmt: skip
 

@@ -85,6 +85,7 @@ def read(source: Path, name: str | None = None, *, trusted: bool = False) -> tup
     elif (name := recognised(source)) is None:
         raise FormatError(
             f"{source} is of no format known here; expected one of {', '.join(READABLE)}"
+            + _whereabouts(source)
         )
     if name in UNSAFE:
         return name, _module(name).read(source, trusted=trusted)
@@ -98,6 +99,17 @@ def _is_table(source: Path, table: str, name: str | None) -> bool:
 def recognised(source: Path) -> str | None:
     """The first format that a file or folder looks like."""
     return next((name for name in READABLE if _module(name).recognises(source)), None)
+
+
+def _whereabouts(source: Path) -> str:
+    """Where what was meant lies, if it is a run's folder or a file of an export that came."""
+    if (source / "config.yaml").is_file() and (source / "saes").is_dir():
+        return (
+            f";\n{source} is a run already: give it to sae evaluate, or one of its saes/ to import"
+        )
+    if source.is_file() and (name := recognised(source.parent)):
+        return f";\ngive the folder {source.parent}, which looks like {name}"
+    return ""
 
 
 def how_to_open(name: str, out: str) -> str:
