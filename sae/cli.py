@@ -252,7 +252,12 @@ def _chosen_config(options: dict, settings: dict):
     if resume is None or resume == "auto":
         return config.resolve(path, settings)
     run = Run(resume)
-    return config.resolve(path or run.config_path, settings | {"output": str(run.path)})
+    output = Path(settings.setdefault("output", str(run.path)))
+    if output.absolute() != run.path.absolute():
+        raise ConfigError(
+            f"--output {output}: --resume {resume} goes on in {run.path}; leave it out"
+        )
+    return config.resolve(path or run.config_path, settings)
 
 
 def _train(config, options: dict) -> int:
@@ -340,6 +345,10 @@ def evaluate(args: list[str]) -> None:
     for name, evaluation in found.items():
         console.print(evaluation_table(evaluation, name))
         print(f"written {opened.folders[name] / 'eval.json'}")
+        if evaluation.n_tokens < n_tokens:
+            print(
+                f"evaluated {evaluation.n_tokens:,} tokens, not {n_tokens:,}: no more are held out"
+            )
     print(f"next: sae features {_run(opened.run.path, _text(given, 'sae'))}")
 
 

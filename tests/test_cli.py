@@ -369,6 +369,9 @@ MISTAKES = {
     "export without examples": (
         ["export", "@lost", "--format", "jsonl", "--out", "@x"], ["examples.parquet is missing"],
     ),
+    "resume elsewhere": (
+        ["train", "--resume", "@run", "--output", "@new"], ["--output @new", "goes on in @run"],
+    ),
     "revision of a folder": (
         ["import", "@run", "--output", "@x", "--revision", "v1"], ["--revision v1", "this disk"],
     ),
