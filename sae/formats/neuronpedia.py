@@ -22,7 +22,15 @@ from sae import hooks
 from sae.autoencoder import SparseAutoencoder
 from sae.formats import foreign, neuronpedia_bulk
 from sae.formats.foreign import Notes
-from sae.formats.neuronpedia_bulk import Shown, Source, in_list, spliced, to_bytes, to_json
+from sae.formats.neuronpedia_bulk import (
+    Interval,
+    Shown,
+    Source,
+    in_list,
+    spliced,
+    to_bytes,
+    to_json,
+)
 from sae.formats.tables import provenance
 from sae.hooks import Hookpoint
 from sae.language_model import LanguageModel
@@ -202,23 +210,20 @@ class _Maker:
     def _shown(self, record: FeatureRecord, examples: list[Example]) -> Iterator[Shown]:
         """The 20 strongest tokens, then examples of five equal parts of (0, max]."""
         norm = self.norms[record.feature]
-        top = {"bin_min": -1, "bin_max": round(record.max * norm, PLACES), "bin_contains": -1}
+        top = Interval(-1, round(record.max * norm, PLACES), -1)
         for example, column in _strongest([e for e in examples if e.kind == "top"]):
             yield self._sequence(example, column, top)
         zeros = self.source.tokens - record.n_fired
-        shares = {}
+        intervals = {}
         for low, high, count in record.intervals:
             share = (count + (zeros if low == 0 else 0)) / self.source.tokens
-            shares[high] = {
-                "bin_min": round(low * norm, PLACES),
-                "bin_max": round(high * norm, PLACES),
-                "bin_contains": round(share, PLACES),
-            }
+            edges = round(low * norm, PLACES), round(high * norm, PLACES)
+            intervals[high] = Interval(*edges, round(share, PLACES))
         for example in examples:
             if example.kind == "interval":
-                yield self._sequence(example, example.column, shares[example.high])
+                yield self._sequence(example, example.column, intervals[example.high])
 
-    def _sequence(self, example: Example, column: int, interval: dict[str, float]) -> Shown:
+    def _sequence(self, example: Example, column: int, interval: Interval) -> Shown:
         """The whole sequence but its first token, as SAEDashboard has it."""
         self.dictionary.check_example(example)
         n, norm = self.source.width - 1, self.norms[example.feature]
