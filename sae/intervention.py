@@ -190,15 +190,15 @@ def own_features(
     n: int,
     strictness: float = 1.0,
 ) -> dict[Hookpoint, Int[Tensor, " n"]]:
-    """At each hookpoint at most `n` features that carry one subject's answer and nobody else's.
+    """At each hookpoint at most `n` features that carry one subject's answer and few others'.
 
-    Largest first by attribution for the subject, less `strictness` times the largest for another
-    subject; those that are not above 0 are left out.
+    Largest first by attribution for the subject, less `strictness` times what they carry for all
+    other subjects together; those that are not above 0 are left out. So at 1 a feature has to do
+    more for the subject than for all others.
     """
     found = {}
     for point, values in attributed.items():
-        others = values.abs().clone()
-        others[subject] = 0
-        score, feature = (values[subject] - strictness * others.amax(0)).topk(n)
+        others = values.abs().sum(0) - values[subject].abs()
+        score, feature = (values[subject] - strictness * others).topk(n)
         found[point] = feature[score > 0]
     return found

@@ -120,6 +120,15 @@ def test_a_planted_carrier_is_found_and_its_loss_costs_its_subject_alone() -> No
     assert shared[POINT].tolist() == [9, 5]
 
 
+def test_others_count_together() -> None:
+    """Feature 3 does a little for each of three others, feature 5 nothing."""
+    values = torch.zeros(4, 8)
+    values[:, 3], values[1, [3, 5]] = 0.3, torch.tensor([1.0, 0.5])
+    assert intervention.own_features({POINT: values}, 1, 2)[POINT].tolist() == [5, 3]
+    strict = intervention.own_features({POINT: values}, 1, 2, strictness=2.0)
+    assert strict[POINT].tolist() == [5]
+
+
 def test_a_feature_made_to_carry_one_person_costs_that_fact_alone(
     lm: LanguageModel, asked: Questions
 ) -> None:
