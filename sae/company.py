@@ -50,7 +50,7 @@ class Cofiring:
         """The firings on the tokens `read`, both by token, ascending and after earlier calls'."""
         self.fired += np.bincount(feature, minlength=len(self.fired))
         with self._file.open("ab") as file:
-            feature.astype("<i4").tofile(file)
+            file.write(feature.astype("<i4").data)
         self._tokens.append(read)
         self._counts.append(np.bincount(np.searchsorted(read, token), minlength=len(read)))
 

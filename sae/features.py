@@ -267,7 +267,7 @@ class _Spill:
         for block, (a, b) in enumerate(itertools.pairwise(cuts)):
             if b > a:
                 with (self.folder / str(block)).open("ab") as file:
-                    entries[a:b].tofile(file)
+                    file.write(entries[a:b].data)  # tofile does not say that a disk is full
 
     def firings(self, block: int) -> "Iterator[tuple[int, _Firings]]":
         """Every feature of a block, those that never fire too, with all its activations."""

@@ -57,10 +57,22 @@ def write_atomic(path: str | Path, data: str | bytes) -> None:
         temporary.write_bytes(content)
         fsync(temporary)
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        _name_full_disk(error, path)
         raise
     fsync(path.parent)
+
+
+def _name_full_disk(error: BaseException, path: Path) -> None:
+    """Raise OSError naming `path` where a full disk is the reason.
+
+    The error itself names no file, one that is gone now, or the one that was to be copied; that of
+    safetensors is no OSError.
+    """
+    full = os.strerror(errno.ENOSPC)
+    if full in str(error):
+        raise OSError(errno.ENOSPC, full, str(path)) from error
 
 
 def write_json(path: str | Path, value: object) -> None:
@@ -112,9 +124,7 @@ def staged(
         _publish(folder, path, overwrite)
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            # the error names no file, one that is gone now, or the one that was to be copied
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        _name_full_disk(error, path)
         raise
 
 

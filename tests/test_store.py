@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 from sae import store
 from sae.errors import RunError
@@ -132,10 +133,18 @@ def test_folders_get_the_permissions_of_the_umask(tmp_path: Path) -> None:
     assert len(modes) == 1
 
 
-@pytest.mark.parametrize("named", [(), ("/a/file/that/was/read",)])
-def test_a_full_disk_is_named_by_what_was_to_be_there(tmp_path: Path, named: tuple) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        OSError(28, "No space left on device", "/a/file/that/was/read"),
+        SafetensorError('IoError(Os { code: 28, message: "No space left on device" })'),
+    ],
+    ids=["of a write", "of a copy", "of safetensors"],
+)
+def test_a_full_disk_is_named_by_what_was_to_be_there(tmp_path: Path, error: Exception) -> None:
     with pytest.raises(OSError, match="No space") as caught, staged(tmp_path / "out"):
-        raise OSError(28, "No space left on device", *named)
+        raise error
     assert caught.value.filename == str(tmp_path / "out") and not list(tmp_path.iterdir())
 
 
@@ -149,7 +158,7 @@ def test_write_atomic_keeps_the_old_file_when_it_fails(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(store, "fsync", broken)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match=r"No space.*labels\.json"):
         write_atomic(file, b"new")
     assert file.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["labels.json"]

@@ -6,6 +6,7 @@ that knows dictionaries, tensors and plain values, and nothing that could be cal
 tensors there are. A file that names any other function is refused before it is called.
 """
 
+import io
 import json
 import math
 import pickle
@@ -16,6 +17,8 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sae.store import write_atomic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +40,9 @@ def write(file: Path, state: Mapping[str, Any]) -> None:
     """Write a dictionary of tensors and plain values."""
     import torch
 
-    torch.save(dict(state), file)
+    archive = io.BytesIO()  # torch's own writer does not say that a disk is full
+    torch.save(dict(state), archive)
+    write_atomic(file, archive.getvalue())
 
 
 def read(file: Path, *, trusted: bool) -> "tuple[dict[str, Tensor], dict[str, Any]]":
