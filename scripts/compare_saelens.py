@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,8 @@ CLOSE, NARROW = 0.01, 0.4
 """e-folds: so close to an L0 counts as equal to it, so narrow a gap is interpolated across."""
 TRIES = 6
 """Trainings at most to come to an L0."""
+SLOWEST = 1 / 64
+"""Of a recipe's rate: where nothing trained down to here, nothing will."""
 
 Row = dict[str, Any]
 
@@ -242,7 +244,7 @@ class Trainings:
         self.kept = Kept(args.out, {name: getattr(args, name) for name in shared})
         self.workers = Peers(args)
         self._beds: dict[int, Bed] = {}
-        self._knobs: dict[Recipe, float] = {}
+        self._at: dict[tuple[Recipe, float, float, int], Row] = {}
         self._rates: dict[tuple[Recipe, float], float] = {}
 
     def close(self) -> None:
@@ -266,14 +268,20 @@ class Trainings:
         """Ours for an L0 that is wanted; theirs at the one that ours then has."""
         if side.package == OURS:
             return self.of(side, l0, lr, seed)
-        ours = own(side)
-        there = self.of(ours, l0, self.rate(ours, l0), seed)["l0"]
-        knob = self._knobs.get(side, side.coefficient or l0)
-        counts = not side.coefficient
-        row = at_l0(lambda k: self.of(side, k, lr, seed), knob, there, counts=counts)
-        if not counts and "knob" in row:
-            self._knobs[side] = float(f"{row['knob']:.3g}")
-        return row
+        if (asked := (side, l0, lr, seed)) not in self._at:
+            there = self.of(own(side), l0, self.rate(own(side), l0), seed)["l0"]
+            train, counts = partial(self.of, side, lr=lr, seed=seed), not side.coefficient
+            self._at[asked] = at_l0(train, self._start(side, l0, lr), there, counts=counts)
+        return self._at[asked]
+
+    def _start(self, side: Recipe, l0: float, lr: float) -> float:
+        """Where to begin: at what gave this L0 with another seed, or else with another rate."""
+        if not side.coefficient:
+            return l0
+        found = {key: row["knob"] for key, row in self._at.items() if "knob" in row}
+        near = [key for key in found if key[:2] == (side, l0)]
+        same = [key for key in near if key[2] == lr] or near
+        return float(f"{found[same[-1]]:.3g}") if same else side.coefficient
 
     def rate(self, side: Recipe, l0: float) -> float:
         """The learning rate of lowest FVU with the first seed."""
@@ -285,9 +293,10 @@ class Trainings:
                 for factor in factors:
                     row = self.at(side, l0, side.lr * factor, seed)
                     tried[factor] = row.get("fvu", math.inf)
-                best = min(tried, key=lambda factor: tried[factor])
+                best = min(sorted(tried), key=lambda factor: tried[factor])
                 edges = {max(tried): 2 * best, min(tried): best / 2}
-                factors = [edges[best]] if best in edges and tried[best] < math.inf else []
+                ended = tried[best] == math.inf and best < SLOWEST
+                factors = [edges[best]] if best in edges and not ended else []
                 self._rates[side, l0] = side.lr * best
         return self._rates[side, l0]
 
