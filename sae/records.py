@@ -360,12 +360,12 @@ class FeatureDictionary:
     def _rows(
         self, name: str, features: list[int], columns: Sequence[str] | None = None
     ) -> pa.Table:
-        number = pc.field("feature")
-        wanted = number.isin(features)
-        if features:  # a range lets whole row groups be passed over
-            wanted &= (number >= min(features)) & (number <= max(features))
-        with _reading(self.folder / name) as file:
-            table = pq.read_table(file, columns=columns and list(columns), filters=wanted)
+        with _reading(self.folder / name) as file, pq.ParquetFile(file) as opened:
+            groups = [i for i in range(opened.num_row_groups) if _may_hold(opened, i, features)]
+            table = opened.read_row_groups(groups, columns=columns and list(columns))
+            wanted = set(features)
+            kept = [number in wanted for number in table["feature"].to_pylist()]
+            table = table.filter(pa.array(kept, pa.bool_()))
         return with_labels(table, self.labels()) if "label" in table.column_names else table
 
     @cached_property
@@ -443,6 +443,16 @@ def _reading(file: Path) -> Iterator[Path]:
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise FormatError(f"{file} is damaged or no Parquet file: {first}") from None
+
+
+def _may_hold(file: pq.ParquetFile, group: int, features: list[int]) -> bool:
+    """Whether a row group can have rows of some of the features, by its least and greatest."""
+    columns = file.metadata.row_group(group)
+    found = (columns.column(i) for i in range(columns.num_columns))
+    own = next((c.statistics for c in found if c.path_in_schema == "feature"), None)
+    if own is None or not own.has_min_max:
+        return True
+    return any(own.min <= feature <= own.max for feature in features)
 
 
 def _check_table(file: Path, schema: pa.Schema) -> None:
