@@ -24,7 +24,7 @@ SAMPLE_BYTES = 1 << 27
 ROWS = 1024
 """Of them that are multiplied at a time."""
 CACHED = 256
-"""Rows that are summed at a time."""
+"""Rows that are summed or moved at a time."""
 FIRINGS = 5
 """Drawn tokens that a feature must fire on before its correlations are told."""
 
@@ -124,7 +124,10 @@ class NeuronSample:
             self._span //= 2
             kept = np.flatnonzero(_spread(self._token[: self._n]) < self._span)
             self._n = len(kept)
-            self._x[: self._n], self._token[: self._n] = self._x[kept], self._token[kept]
+            self._token[: self._n] = self._token[kept]
+            for start in range(0, self._n, CACHED):  # forwards only, so no row is lost
+                part = slice(start, min(start + CACHED, self._n))
+                self._x[part] = self._x[kept[part]]
         end = self._n + len(chosen)
         self._x[self._n : end], self._token[self._n : end] = take(chosen), token[chosen]
         self._n = end
