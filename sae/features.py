@@ -229,6 +229,8 @@ class _Spill:
         most = _tokens_at_once(sae, settings)
         self.chunk = MicroBatch(f"the SAE of {route}", "tokens", TRY_CPU, most)
         self.entries_at_once = max(1, settings.memory // 16 // self.ENTRY.itemsize)
+        self._waiting: list[ndarray] = []
+        self._most_waiting = settings.chunk_bytes // shares // self.ENTRY.itemsize
         self.width = -(-sae.d_sae // settings.blocks)
         starts = range(0, sae.d_sae, self.width)
         self.blocks = [(a, min(a + self.width, sae.d_sae)) for a in starts]
@@ -260,7 +262,14 @@ class _Spill:
         return entries
 
     def _append(self, entries: ndarray) -> None:
-        """A block's firings behind those it has."""
+        """Set down what fires, many firings at a time, as there are as many files as blocks."""
+        self._waiting.append(entries)
+        if sum(map(len, self._waiting)) > self._most_waiting:
+            self._set_down()
+
+    def _set_down(self) -> None:
+        """Write what waits, each block's behind what its file has."""
+        entries, self._waiting = np.concatenate([np.empty(0, self.ENTRY), *self._waiting]), []
         blocks = entries["feature"] // self.width
         entries = entries[_order(blocks, len(self.blocks))]
         cuts = np.cumsum([0, *np.bincount(blocks)])
@@ -271,6 +280,7 @@ class _Spill:
 
     def firings(self, block: int) -> "Iterator[tuple[int, _Firings]]":
         """Every feature of a block, those that never fire too, with all its activations."""
+        self._set_down()
         for start, stop in self._affordable(*self.blocks[block]):
             entries = self._load(block, start, stop)
             entries = entries[_order(entries["feature"] - start, stop - start)]
@@ -372,6 +382,19 @@ class _Firings:
         edges[-1] = self.value.max()
         return edges
 
+    def _strongest(self) -> Iterator[int]:
+        """The firings by activation, largest first, the first of equal ones first.
+
+        A few are sorted at a time, as mostly only the first ones are looked at.
+        """
+        most, done = 256, 0
+        while done < len(self.value):
+            least = np.partition(self.value, -most)[-most] if most < len(self.value) else 0
+            among = np.flatnonzero(self.value >= least)
+            order = among[np.argsort(-self.value[among], kind="stable")]
+            yield from order[done:].tolist()
+            most, done = 4 * most, len(order)
+
     def statistics(self, text: _Text, settings: ScanSettings) -> dict[str, Any]:
         """The columns of features.parquet that come from activations."""
         n = len(self.value)
@@ -380,8 +403,7 @@ class _Firings:
             return found
         edges = self.edges(settings.bins)
         counts = np.bincount(_bin(self.value, edges), minlength=settings.bins)
-        ids, where = np.unique(text.ids.ravel()[self.token], return_inverse=True)
-        mass = np.bincount(where, self.value)
+        ids, mass = _summed(text.ids.ravel()[self.token], self.value)
         best = np.argsort(-mass, kind="stable")[: settings.listed]
         share = mass[best] / mass.sum()
         return found | {
@@ -398,8 +420,7 @@ class _Firings:
         if not len(self.value):
             return
         row, window = self.token // text.width, text.around[self.token]
-        strongest = np.argsort(-self.value, kind="stable")
-        for rank, i in enumerate(_distinct(strongest, row, window, settings.top)):
+        for rank, i in enumerate(_distinct(self._strongest(), row, window, settings.top)):
             yield _Pick("top", rank, i, duplicates=_duplicates(i, row, window))
         edges = self.edges(settings.bins)[:: settings.bins // INTERVALS]
         shuffled = random.permutation(len(self.value))
@@ -415,7 +436,16 @@ class _Firings:
             yield _Pick("random", rank, i)
 
 
-def _distinct(order: ndarray, row: ndarray, window: ndarray, wanted: int) -> list[int]:
+def _summed(ids: ndarray, values: ndarray) -> tuple[ndarray, ndarray]:
+    """Which ids there are, ascending, and the sum of the values of each."""
+    if len(ids) * 8 < ids.max():
+        found, where = np.unique(ids, return_inverse=True)
+        return found, np.bincount(where, values)
+    found = np.bincount(ids).nonzero()[0]
+    return found, np.bincount(ids, values)[found]
+
+
+def _distinct(order: Iterable[int], row: ndarray, window: ndarray, wanted: int) -> list[int]:
     """The first of `order`, at most one in a sequence and one of several identical windows."""
     rows, windows, found = set(), set(), []
     for i in map(int, order):  # few are looked at, so the order does not become a list
