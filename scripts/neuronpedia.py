@@ -27,6 +27,7 @@ from sae import builtin, formats, hooks, planning, training
 from sae.config import resolve
 from sae.features import AFTER, BEFORE
 from sae.formats import hookpoints
+from sae.memory import keep_freed_memory
 from sae.records import FeatureDictionary
 from sae.runs import open_run, scan_run
 from sae.store import Run, write_atomic
@@ -58,6 +59,7 @@ def main() -> None:
     parser.add_argument("--features", type=int, default=128, help="that SAEDashboard makes")
     parser.add_argument("--tokens", type=int, default=262_144, help="tokens to scan")
     args = parser.parse_args()
+    keep_freed_memory()  # as `sae features` does
     python, version = environment(args.peers, *PACKAGES)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
