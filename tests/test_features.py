@@ -469,3 +469,18 @@ def test_rows_are_cut_to_the_budget(made: Planted) -> None:
     ):
         cut = TokenBatch.join(list(module._upto(batches, wanted)))
         assert len(cut) == expected
+
+
+def test_the_strongest_firings_come_in_the_order_of_a_stable_sort():
+    value = np.random.default_rng(0).integers(1, 400, 3000).astype(np.float32)  # many are equal
+    firings = module._Firings(np.arange(3000), value)
+    assert [*firings._strongest()] == np.argsort(-value, kind="stable").tolist()
+
+
+@pytest.mark.parametrize("spread", [1, 100])
+def test_sums_by_id_are_the_same_with_and_without_a_sort(spread: int):
+    random = np.random.default_rng(0)
+    ids, values = spread * random.integers(0, 50, 200), random.random(200).astype(np.float32)
+    found, sums = module._summed(ids, values)
+    assert found.tolist() == sorted(set(ids.tolist()))
+    assert sums.tolist() == pytest.approx([values[ids == i].sum() for i in found])
