@@ -5,7 +5,7 @@ All hookpoints share one order, so the n-th row of every batch is the same token
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import torch
@@ -20,14 +20,21 @@ from sae.hooks import Hookpoint, capture
 from sae.memory import MicroBatch
 from sae.routes import Route
 
+Downstream = Callable[[Float[Tensor, "batch d_out"]], tuple[Tensor, Tensor]]
+"""What another reconstruction does to the model's predictions: a loss [], and its gradient."""
+
 
 @dataclass(frozen=True)
 class Batch:
-    """Activations `x` to encode, `y` to reconstruct, and the document and position of each row."""
+    """Activations `x` to encode, `y` to reconstruct, and the document and position of each row.
+
+    `downstream`: of whole sequences, while these are fine-tuned on.
+    """
 
     x: Float[Tensor, "batch d_in"]
     y: Float[Tensor, "batch d_out"]
     source: Int[Tensor, "batch 2"]
+    downstream: Downstream | None = field(default=None, kw_only=True)
 
     @classmethod
     def along(cls, route: Route, batches: "Mapping[Hookpoint, Batch]") -> "Batch":
@@ -65,8 +72,7 @@ def read(
 
     passes = passes or forward_passes()
     found = [acts for _, acts in passes.split(len(tokens), one_pass)]
-    source = torch.stack([tokens.document[tokens.kept], tokens.position[tokens.kept]], dim=1)
-    return {point: _joined([acts[point] for acts in found]) for point in hookpoints}, source
+    return {point: _joined([a[point] for a in found]) for point in hookpoints}, tokens.source
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -180,6 +186,12 @@ class Reading:
     special: int = 0
     massive: int = 0
 
+    def after(self, rows: TokenBatch, massive: int = 0) -> "Reading":
+        """What it is once these are read too, `massive` of their tokens left out by norm."""
+        n, special = rows.kept.numel(), int((~rows.kept).sum())
+        sums = (1, n, special, massive)
+        return Reading(*(a + b for a, b in zip(astuple(self), sums, strict=True)))
+
     @property
     def masked(self) -> float:
         """Share of the tokens left out, by id or by norm."""
@@ -226,6 +238,7 @@ class ActivationStream:
         self.stop: Callable[[], bool] = lambda: False
         self.reading = Reading()
         self._order = torch.empty(0, dtype=torch.long)
+        self._rows: TokenBatch | None = None
         if state is not None:
             self._restore(state)
             return
@@ -272,6 +285,16 @@ class ActivationStream:
         drawn = {point: acts[rows] for point, acts in self._acts.items()}
         return {point: Batch(values, values, source) for point, values in drawn.items()}
 
+    def rows(self, n: int) -> TokenBatch | None:
+        """The next `n` rows of text as they are, past the pool; at times fewer, None at the end."""
+        if not self._rows:
+            self._rows = next(self._tokens, None)
+            if self._rows is None:
+                return None
+            self.reading = self.reading.after(self._rows)
+        rows, self._rows = self._rows[:n], self._rows[n:]
+        return rows
+
     def peek(self, n: int) -> dict[Hookpoint, Batch]:
         """The next `n` tokens, without drawing them; at the end of the text the last ones drawn."""
         rows = torch.cat([self._order, self._drawn.flip(0)])[:n]
@@ -291,6 +314,8 @@ class ActivationStream:
             acts, source = self._waiting
             tensors["waiting/source"] = source
             tensors |= {f"waiting/acts/{point}": values for point, values in acts.items()}
+        if self._rows:
+            tensors |= {f"rows/{name}": column for name, column in self._rows.columns().items()}
         return tensors
 
     def _restore(self, state: Mapping[str, Tensor]) -> None:
@@ -302,6 +327,8 @@ class ActivationStream:
 
         acts, source = block("")
         self._waiting = block("waiting/") if "waiting/source" in state else None
+        if "rows/tokens" in state:
+            self._rows = TokenBatch(**{n: state[f"rows/{n}"] for n in TokenBatch.COLUMNS})
         self._make_room(acts, source)
         self._put(torch.arange(len(source)), acts, source)
         self._order, self._drawn = torch.arange(self._pool).tensor_split([len(source)])
@@ -348,25 +375,22 @@ class ActivationStream:
         if rows is None:
             return None
         acts, source = read(self._model, self._hookpoints, rows, self._dtype, self.passes)
-        ordinary = self._ordinary(acts)
-        was = self.reading
-        self.reading = Reading(
-            was.batches + 1,
-            was.tokens + rows.kept.numel(),
-            was.special + rows.kept.numel() - len(source),
-            was.massive + int((~ordinary).sum()),
-        )
+        ordinary = is_ordinary(acts, self._max_norm)
+        self.reading = self.reading.after(rows, int((~ordinary).sum()))
         if ordinary.all():
             return acts, source
         return {p: values[ordinary] for p, values in acts.items()}, source[ordinary.cpu()]
 
-    def _ordinary(self, acts: dict[Hookpoint, Float[Tensor, "n d"]]) -> Bool[Tensor, " n"]:
-        """Which tokens are not massive at any hookpoint; attention sinks are, for instance."""
-        first = next(iter(acts.values()))
-        ordinary = torch.ones(len(first), dtype=torch.bool, device=first.device)
-        if self._max_norm is None or not len(first):
-            return ordinary
-        for values in acts.values():
-            norms = values.float().norm(dim=1)
-            ordinary &= ~(norms > self._max_norm * norms.median())  # NaN is not massive
+
+def is_ordinary(
+    acts: Mapping[Hookpoint, Float[Tensor, "n d"]], max_norm: float | None
+) -> Bool[Tensor, " n"]:
+    """Which tokens are not massive at any hookpoint; attention sinks are, for instance."""
+    first = next(iter(acts.values()))
+    ordinary = torch.ones(len(first), dtype=torch.bool, device=first.device)
+    if max_norm is None or not len(first):
         return ordinary
+    for values in acts.values():
+        norms = values.float().norm(dim=1)
+        ordinary &= ~(norms > max_norm * norms.median())  # NaN is not massive
+    return ordinary

@@ -120,6 +120,7 @@ _Int = Annotated[int, BeforeValidator(_number)]
 _Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 
 Count = Annotated[_Int, Field(ge=1), Wanted("a whole number of at least 1")]
+Amount = Annotated[_Int, Field(ge=0), Wanted("a whole number of at least 0")]
 Context = Annotated[_Int, Field(ge=2), Wanted("a whole number of at least 2")]
 Seed = Annotated[_Int, Field(ge=0, lt=2**32), Wanted(f"a whole number from 0 to {2**32 - 1}")]
 Positive = Annotated[_Float, Field(gt=0), Wanted("a number above 0")]
@@ -439,6 +440,17 @@ class OptimConfig(Settings):
         return self
 
 
+class FinetuneConfig(Settings):
+    """The last part of the training, which also keeps what the language model predicts."""
+
+    tokens: Amount = 0
+    """Tokens, the last of all, on which the language model runs on with the reconstruction in
+    place and its predictions count as much as the reconstruction, 2 to 10 % of all; 0 does
+    without."""
+    lr: Positive = 1e-3
+    """Learning rate there, falling to 0 in proportion, a fifth to all of optim.lr."""
+
+
 class CheckpointConfig(Settings):
     """Training state kept on disk, from which an interrupted run goes on."""
 
@@ -478,6 +490,8 @@ class TrainConfig(Settings):
     """The sparse autoencoder."""
     optim: OptimConfig = OptimConfig()
     """The optimiser."""
+    finetune: FinetuneConfig = FinetuneConfig()
+    """The end-to-end fine-tuning."""
     tokens: Count = 1_500_000
     """Tokens to train on, 1e6 to 1e9."""
     seed: Seed = 0
@@ -518,7 +532,15 @@ class TrainConfig(Settings):
         if self.tokens < self.optim.batch:
             wanted = "at least {other}"
             raise _clash("tokens", self.tokens, wanted, "optim.batch", self.optim.batch)
+        if self.tokens < self.finetune.tokens + self.optim.batch:
+            wanted = "less by optim.batch at least than {other}"
+            raise _clash("finetune.tokens", self.finetune.tokens, wanted, "tokens", self.tokens)
         return self
+
+    def shares(self, done: float) -> tuple[float, float]:
+        """How far training and fine-tuning are, 0 to 1 each, once the share `done` of all is."""
+        start = 1 - self.finetune.tokens / self.tokens
+        return min(1.0, done / start), max(0.0, done - start) / (1 - start) if start < 1 else 0.0
 
     def _check_places(self) -> None:
         """Hookpoints, or both sides of a map."""
@@ -685,6 +707,8 @@ def run_name(config: TrainConfig) -> str:
         parts.append("skip")
     if len(sae.prefixes) > 1:
         parts.append("matryoshka")
+    if config.finetune.tokens:
+        parts.append("finetuned")
     standard = TrainConfig()
     for now, default, names in (
         (

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -42,18 +42,30 @@ class TokenBatch:
     kept: Bool[Tensor, "batch seq"]
     latents: Int[Tensor, "batch seq n_latents"] | None = None
 
+    COLUMNS: ClassVar = ("tokens", "document", "position", "kept")
+    """What every batch has, by name."""
+
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __getitem__(self, rows: Any) -> "TokenBatch":
         latents = None if self.latents is None else self.latents[rows]
-        columns = (self.tokens, self.document, self.position, self.kept)
+        columns = self.columns().values()
         return TokenBatch(*(column[rows] for column in columns), latents=latents)
+
+    def columns(self) -> dict[str, Tensor]:
+        """Those of COLUMNS."""
+        return {name: getattr(self, name) for name in self.COLUMNS}
+
+    @property
+    def source(self) -> Int[Tensor, "n 2"]:
+        """Document and position of every kept token."""
+        return torch.stack([self.document[self.kept], self.position[self.kept]], dim=1)
 
     @property
     def memory_bytes(self) -> int:
         """The bytes of all columns."""
-        columns = (self.tokens, self.document, self.position, self.kept, self.latents)
+        columns = (*self.columns().values(), self.latents)
         return sum(column.nbytes for column in columns if column is not None)
 
     @staticmethod
@@ -64,7 +76,7 @@ class TokenBatch:
             return torch.cat([getattr(batch, name) for batch in batches])
 
         latents = None if batches[0].latents is None else cat("latents")
-        return TokenBatch(*map(cat, ("tokens", "document", "position", "kept")), latents=latents)
+        return TokenBatch(*map(cat, TokenBatch.COLUMNS), latents=latents)
 
 
 class TokenSource:

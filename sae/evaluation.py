@@ -24,7 +24,8 @@ from transformers import PreTrainedModel
 from sae.autoencoder import SparseAutoencoder
 from sae.data import TokenBatch
 from sae.errors import DataError, HookpointError
-from sae.hooks import Hookpoint, capture, replace, resolve, width
+from sae.hooks import Hookpoint, capture, masked, replace, resolve, width
+from sae.language_model import predicts
 from sae.memory import MicroBatch
 from sae.routes import Route
 
@@ -258,16 +259,6 @@ class _Chunk:
         grid[self.kept] = values.double()
         return grid.sum(1).cpu().numpy()
 
-    def at_kept(self, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """`fn` of the kept tokens' activations [n d]; special tokens keep their own."""
-
-        def swap(activation: Float[Tensor, "batch seq d"]) -> Float[Tensor, "batch seq d"]:
-            out = activation.clone()
-            out[self.kept] = fn(activation[self.kept]).to(activation)
-            return out
-
-        return swap
-
     def targets(self) -> Tensor:
         """[batch seq] the next token, −100 where it is special or there is none."""
         next_kept = self.kept.roll(-1, 1)
@@ -306,7 +297,7 @@ class _Bench(Generic[K]):
         self.points = list(dict.fromkeys(p for route in routes.values() for p in route.points))
         self.tokens, self.mask = _collect(batches, n_tokens)
         self.kept = self.mask.sum(1).double().numpy()
-        self.head = _predicts(model)
+        self.head = predicts(model)
         self.neurons = {key: _neurons(model, route) for key, route in routes.items()}
         self._weights = resamples(len(self.tokens), seed)
         self._progress, self._share, self._done, self._told = progress, 0.0, 0.0, 0
@@ -356,7 +347,7 @@ class _Bench(Generic[K]):
         losses = np.zeros(len(chunk.tokens))
         with ExitStack() as stack:
             for point, fn in (swap or {}).items():
-                stack.enter_context(replace(self.model, point, chunk.at_kept(fn)))
+                stack.enter_context(replace(self.model, point, masked(chunk.kept, fn)))
             acts = stack.enter_context(capture(self.model, read, stop=not predict))
             output = self.model(chunk.tokens, **({"use_cache": False} if predict else {}))
             losses = chunk.losses(output.logits)  # not reached where the pass stops early
@@ -401,11 +392,6 @@ def _collect(batches: Iterable[TokenBatch], n_tokens: int) -> tuple[Tensor, Tens
     if not have:
         raise DataError("no held-out text to evaluate on; give more text or a larger data.heldout")
     return torch.cat(tokens).cpu(), torch.cat(kept).cpu()
-
-
-def _predicts(model: PreTrainedModel) -> bool:
-    """Whether the model predicts the next token: a masked-language-model head does not."""
-    return model.can_generate() and not getattr(model.config, "is_encoder_decoder", False)
 
 
 def _neurons(model: PreTrainedModel, route: Route) -> Hookpoint | None:

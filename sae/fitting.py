@@ -7,7 +7,7 @@ import torch
 
 from sae.activations import Batch, Statistics
 from sae.autoencoder import SparseAutoencoder
-from sae.config import TrainConfig
+from sae.config import FinetuneConfig, TrainConfig
 from sae.errors import DataError, ModelError
 from sae.learner import Learner
 
@@ -34,6 +34,7 @@ def fit(
         DataError: there are fewer than `config.tokens` rows.
         ModelError: no batch is finite.
     """
+    config = config.model_copy(update={"finetune": FinetuneConfig()})
     stream = iter(batches)
     pool = list(_rows(stream, min(config.optim.pool, config.tokens)))
     is_map = any(batch.x is not batch.y and not _same(batch) for batch in pool)

@@ -15,7 +15,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -451,6 +451,19 @@ def replace(
 
     with _unchunked(place.block), _tap(hookpoint, place, swap):
         yield
+
+
+def masked(
+    mask: Bool[Tensor, "batch seq"], fn: Callable[[Float[Tensor, "n d"]], Tensor]
+) -> Callable[[Activation], Activation]:
+    """For `replace`: `fn` of the n activations that `mask` chooses; the others stay as they are."""
+
+    def swap(activation: Activation) -> Activation:
+        out = activation.clone()
+        out[mask] = fn(activation[mask]).to(activation)
+        return out
+
+    return swap
 
 
 @contextmanager

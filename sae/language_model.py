@@ -73,6 +73,11 @@ def load(config: ModelConfig, device: torch.device) -> LanguageModel:
     )
 
 
+def predicts(model: PreTrainedModel) -> bool:
+    """Whether the model predicts the next token: a masked-language-model head does not."""
+    return model.can_generate() and not getattr(model.config, "is_encoder_decoder", False)
+
+
 def _locate(name: str) -> str:
     """The bundled model's folder, a folder that holds a model, or a Hub name as it is."""
     if name.startswith(builtin.PREFIX.rstrip(":")) and ":" in name:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sae import steps
-from sae.activations import Batch, Sites, Statistics
+from sae.activations import Batch, Downstream, Sites, Statistics
 from sae.autoencoder import DECODER_NORM, SparseAutoencoder, read_metadata
 from sae.config import Moment, TrainConfig, warmed_up
 from sae.kernels import StepStats
@@ -25,6 +25,8 @@ AUXK_CANDIDATES = 2
 dense step while many are dead."""
 EVENED_BY = 256
 """Tokens that tell how much smaller a penalty is that adds up powers."""
+TINY = 1e-12
+"""A gradient that is smaller is none."""
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -68,6 +70,7 @@ class Learner:
         self.chunk = MicroBatch("the SAE's step", "tokens", "lower optim.batch or sae.d_sae")
         self.lr = 0.0
         self.norm = torch.zeros(())
+        self.kl = torch.zeros(())
 
     @classmethod
     def begin(
@@ -172,8 +175,9 @@ class Learner:
         return tensors
 
     def gradients(self, batch: Batch, done: float) -> StepStats:
-        """The gradients on raw activations; `done` is the share of the tokens trained on."""
-        stats = self._gradients(*self._scaled(batch), done)
+        """The gradients on raw activations; `done` is the share of the tokens learnt from."""
+        training, _ = self._shares(batch, done)
+        stats = self._gradients(batch, training)
         limit = self.config.optim.grad_clip
         self.norm = torch.nn.utils.clip_grad_norm_(self.sae.parameters(), limit or float("inf"))
         return stats
@@ -182,15 +186,19 @@ class Learner:
         """One Adam step with these gradients; dead features come back where it is time."""
         if not self.variance:
             self.variance = self._variance(batch)
-        optim = self.config.optim
+        optim, finetune = self.config.optim, self.config.finetune
+        done, tuned = self._shares(batch, done)
         self.lr = optim.lr * warmed_up(done, optim.lr_warmup) * self._decayed(done)
+        if batch.downstream:
+            self.lr = finetune.lr * (1 - tuned)
         for group in self.optimizer.param_groups:
             group["lr"] = group["pace"] * self.lr
         self.optimizer.step()
         self.sae.sparsity.observe(stats.cut)
-        self._steer(stats, done)
         self.quiet = torch.where(stats.fired > 0, 0, self.quiet + len(batch.x))
-        self._revive(batch, done)
+        if not batch.downstream:
+            self._steer(stats, done)
+            self._revive(batch, done)
 
     def finite(self, stats: StepStats) -> Tensor:
         """Whether loss and gradients are numbers, as a tensor []."""
@@ -208,8 +216,9 @@ class Learner:
     def metrics(self, stats: StepStats, batch: Batch) -> dict[str, float]:
         """What a logged step writes down. `fvu` is that of this batch."""
         (document, position), context = batch.source.T, self.config.data.context
-        steered = {"coef_factor": self.control.factor} if self.control else {}
-        return steered | {
+        extras = {"coef_factor": self.control.factor} if self.control else {}
+        extras |= {"kl": self.kl.item()} if batch.downstream else {}
+        return extras | {
             "loss": stats.loss.item(),
             "mse": stats.mse.item(),
             "fvu": stats.mse.item() / (self._variance(batch) or float("nan")),
@@ -219,6 +228,11 @@ class Learner:
             "lr": self.lr,
             "sequences": len(torch.stack([document, position // context]).unique(dim=1)[0]),
         }
+
+    def _shares(self, batch: Batch, done: float) -> tuple[float, float]:
+        """How far training and fine-tuning are; of whole sequences the training is over."""
+        training, tuned = self.config.shares(done)
+        return (1.0, tuned) if batch.downstream else (training, 0.0)
 
     def _scaled(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """What the weights take and give; one tensor where x is rebuilt."""
@@ -239,24 +253,49 @@ class Learner:
             own.copy_(torch.where(norms > 0, DECODER_NORM * towards / norms, own.T).T)
         b_enc.sub_(mean @ W_enc)
 
-    def _gradients(self, x: Tensor, y: Tensor, done: float) -> StepStats:
-        refitting = done >= 1 - self.refit
+    def _gradients(self, batch: Batch, done: float) -> StepStats:
+        x, y = self._scaled(batch)
         moment = self._moment(x, done)
-        prefixes = self.config.sae.prefix_sizes(self.sae.d_sae)
+        prefixes, other = self.config.sae.prefix_sizes(self.sae.d_sae), 0.0
+        further = self._for_the_dead()
+        if batch.downstream:
+            further["push"], other = self._push(batch.downstream, x, y, moment)
         step = partial(
             steps.step, self.sae, x, y, moment, prefixes=prefixes, matmul_dtype=self.dtype
         )
-        stats = self.chunk.fit(len(x), partial(step, **self._for_the_dead()))
-        if refitting:
+        stats = self.chunk.fit(len(x), partial(step, **further))
+        stats = replace(stats, loss=stats.loss + other)
+        if self._refitting(done):
             for name, parameter in self.sae.named_parameters():
                 if name not in ("W_dec", "W_skip"):
                     parameter.grad = None  # Adam leaves these alone: what is active stays so
         return stats
 
+    def _push(
+        self, downstream: Downstream, x: Tensor, y: Tensor, moment: Moment
+    ) -> tuple[Tensor, Tensor]:
+        """The gradient at the reconstruction of α · KL, as large as that of ‖recon − y‖² by α.
+
+        And what the loss of the step lacks, which has Σ push · recon in place of α · KL. Karvonen
+        2025 (arXiv:2503.17272) balances the losses, not their gradients. But KL depends on few
+        directions of few tokens: on the bundled model its gradient was then 22 times the other,
+        so that both FVU and cross-entropy got worse, and it would overrule any penalty.
+        """
+        recon = steps.reconstruct(self.sae, x, moment, matmul_dtype=self.dtype)
+        self.kl, grad = downstream(recon / self.scale_out)
+        grad = grad / self.scale_out
+        own = 2 / len(y) * (recon - y)
+        alpha = own.norm() / grad.norm().clamp_min(TINY)
+        return alpha * grad, (self.kl - (grad * recon).sum()) * alpha / 2
+
+    def _refitting(self, done: float) -> bool:
+        """Whether the decoder alone is trained."""
+        return self.refit > 0 and done >= 1 - self.refit
+
     def _moment(self, x: Tensor, done: float) -> Moment:
         """The settings that move, with the coefficient that is steered, or off in the refit."""
         moment = self.config.sae.sparsity.at(done)
-        if done >= 1 - self.refit:
+        if self._refitting(done):
             return replace(moment, coef=0.0)
         factor = self.control.factor if self.control else 1.0
         return replace(moment, coef=moment.coef * factor * self._evened(x, moment.p))

@@ -33,6 +33,8 @@ SOURCE_BYTES = 16
 TYPICAL_L0 = 32
 """Active features a token assumed where a step is timed: the step of a trained SAE."""
 TIMED_STEPS = 3
+PREDICTIONS = 4
+"""Plain and spliced ones, the logits these are made of, and their gradient."""
 LONGEST_NAME = 200
 """Characters of an SAE's folder; file systems take 255, and temporary ones have longer names."""
 
@@ -96,6 +98,8 @@ class Plan(Inputs):
             yield "", f"so the text is READ {config.tokens / available:.1f} TIMES (data.repeat)"
         if self.source.heldout_available == 0:
             yield "", "NOTHING IS HELD OUT, so sae evaluate will have no text; see data.heldout"
+        if tuned := config.finetune.tokens:
+            yield "", f"on the last {tuned:,} of them the model's predictions count too"
         yield "pool", f"{config.optim.pool:,} tokens are read before the first step"
         yield "memory", f"about {self.memory_bytes() / 1e9:.2f} GB beside the libraries"
         kept = (config.checkpoint.keep + 1) * self.checkpoint_bytes() / 1e6
@@ -106,7 +110,14 @@ class Plan(Inputs):
         """Model, pool, four copies of every SAE's weights, and the text where that is kept."""
         weights = sum(p.nbytes for p in self.lm.model.parameters())
         text = self.source.memory_bytes if self.device.type == "cpu" else 0
-        return weights + text + self.pool_bytes() + ADAM_COPIES * self.sae_bytes()
+        saes = ADAM_COPIES * self.sae_bytes()
+        return weights + text + self.pool_bytes() + saes + self.predictions_bytes()
+
+    def predictions_bytes(self) -> int:
+        """What fine-tuning holds of the model's predictions, fp32, for about a batch of tokens."""
+        vocabulary = self.lm.model.config.get_text_config().vocab_size
+        tokens = max(self.config.optim.batch, self.config.data.context)
+        return 4 * PREDICTIONS * tokens * vocabulary if self.config.finetune.tokens else 0
 
     def pool_bytes(self) -> int:
         """The activations kept to be mixed, and the document and position of each."""
@@ -161,6 +172,7 @@ def plan(config: TrainConfig, *, resuming: bool = False) -> Plan:
     hookpoints = list(dict.fromkeys(p for each in members.values() for p in each.route.points))
     source = open_source(config.data, lm.tokenizer, config.seed)
     _check_amount(config, source)
+    _check_predicts(config, lm)
     dtype = pick_dtype(config.model.dtype, device)
     made = Plan(
         device=device,
@@ -248,9 +260,10 @@ def estimate(plan: Plan) -> list[tuple[str, str]]:
     config = plan.config
     reading = plan.seconds_per_token()
     stepping = sum(_step_seconds(plan, name) for name in plan.members) / config.optim.batch
-    seconds = (config.tokens + config.optim.pool) * reading + config.tokens * stepping
-    speed = config.tokens / seconds
-    return [("time", f"about {_duration(seconds)} ({speed:,.0f} tokens/s)")]
+    tokens = config.tokens - config.finetune.tokens
+    seconds = (tokens + config.optim.pool) * reading + tokens * stepping
+    more = ", and the fine-tuning" if config.finetune.tokens else ""
+    return [("time", f"about {_duration(seconds)} ({tokens / seconds:,.0f} tokens/s){more}")]
 
 
 def _step_seconds(plan: Plan, name: str) -> float:
@@ -396,14 +409,24 @@ def _check_pool(config: TrainConfig) -> None:
 def _check_amount(config: TrainConfig, source: TokenSource) -> None:
     """Refuse at once a text that is known to be too short."""
     batch, have = config.optim.batch, source.tokens_available
-    if have is None or config.data.repeat or have >= config.tokens:
+    ahead = config.optim.pool if config.finetune.tokens else 0  # read, and then not trained on
+    if have is None or config.data.repeat or have >= config.tokens + ahead:
         return
-    enough = have // batch * batch
+    enough = max(have - ahead, 0) // batch * batch
     less = f"--tokens {enough} or less, " if enough else ""
+    pool = f" and {ahead:,} for the pool, which fine-tuning leaves behind," if ahead else ""
     raise DataError(
-        f"tokens: {config.tokens:,} wanted, but {source.name} has {have:,} to train on; give "
+        f"tokens: {config.tokens:,}{pool} wanted, but {source.name} has {have:,} to train on; give "
         f"{less}more text, or --data.repeat true"
     )
+
+
+def _check_predicts(config: TrainConfig, lm: LanguageModel) -> None:
+    if config.finetune.tokens and not language_model.predicts(lm.model):
+        raise ConfigError(
+            f"finetune.tokens: {config.finetune.tokens} came, but {lm.name} has no head that "
+            "predicts the next token; give 0"
+        )
 
 
 def _check_saes(plan: Plan) -> None:

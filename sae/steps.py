@@ -36,6 +36,7 @@ def step(
     auxk: int = 0,
     auxk_coef: float = 0.0,
     dead: Bool[Tensor, " d_sae"] | None = None,
+    push: Float[Tensor, "batch d_out"] | None = None,
     matmul_dtype: torch.dtype | None = None,
 ) -> StepStats:
     """Set the gradients of reconstruction + now.coef · penalty + auxk_coef · `losses.auxk`.
@@ -43,18 +44,48 @@ def step(
     And of the sparsity's own auxiliary loss, where it has one. `chunk`: the most tokens worked on
     at once; `prefixes`: numbers of first features that rebuild y by themselves, the last of them
     d_sae, or none; `auxk`: dead features used a token, 0 for none; `dead`: which features are;
-    `matmul_dtype`: type of the large products.
+    `push`: the gradient of some other loss at the reconstruction, whose place is then taken by
+    (reconstruction + Σ push · recon) / 2; `matmul_dtype`: type of the large products.
     """
     dtype, plain = matmul_dtype or sae.W_enc.dtype, len(prefixes) <= 1
-    if isinstance(sae.sparsity, ReluL1) and plain:
+    if isinstance(sae.sparsity, ReluL1) and plain and push is None:
         return kernels.relu_l1_step(sae, x, y, now.coef, chunk, p=now.p, matmul_dtype=matmul_dtype)
-    if isinstance(sae.sparsity, TopK) and plain:
+    if isinstance(sae.sparsity, TopK) and plain and push is None:
         revive = {"auxk": auxk, "auxk_coef": auxk_coef, "dead": dead}
         return kernels.topk_step(sae, x, y, now.k, chunk, **revive, matmul_dtype=matmul_dtype)
     aux = Auxk(dead, auxk, auxk_coef, dtype) if dead is not None and auxk else None
-    return autograd_step(
-        sae, x, y, now, chunk, prefixes=prefixes, aux=aux, dead=dead, matmul_dtype=dtype
-    )
+    options = {"prefixes": prefixes, "aux": aux, "dead": dead, "push": push}
+    return autograd_step(sae, x, y, now, chunk, **options, matmul_dtype=dtype)
+
+
+@torch.no_grad()
+def reconstruct(
+    sae: Autoencoder,
+    x: Float[Tensor, "batch d_in"],
+    now: Moment,
+    *,
+    matmul_dtype: torch.dtype | None = None,
+) -> Float[Tensor, "batch d_out"]:
+    """What a step has for the reconstruction: the features active are those of training."""
+    dtype = matmul_dtype or sae.W_enc.dtype
+    centred, parts, cut = _chosen(sae, x, now, None, dtype)
+    found = []
+    for tokens in parts:
+        acts = sae.sparsity.in_training(_pre(sae, centred[tokens], dtype), now, cut)
+        nothing = x.new_zeros(len(acts), sae.W_dec.shape[1])
+        left = kernels.left_over(sae, centred[tokens].to(dtype), nothing)
+        found.append(-_residuals(sae, acts, left, (), dtype)[-1])
+    return torch.cat(found)
+
+
+def _chosen(
+    sae: Autoencoder, x: Tensor, now: Moment, chunk: int | None, dtype: torch.dtype
+) -> tuple[Tensor, list[slice], Tensor | None]:
+    """The centred input, the tokens to work on at a time, and what the sparsity chose over all."""
+    centred = x - sae.b_dec if sae.subtract_b_dec else x.to(sae.W_enc.dtype)
+    parts = list(_parts(len(x), kernels.at_once(x.device, chunk)))
+    pre = (_pre(sae, centred[tokens], dtype) for tokens in parts)
+    return centred, parts, sae.sparsity.cut(pre, len(x), now)
 
 
 @torch.no_grad()
@@ -68,6 +99,7 @@ def autograd_step(
     prefixes: Sequence[int] = (),
     aux: Auxk | None = None,
     dead: Bool[Tensor, " d_sae"] | None = None,
+    push: Float[Tensor, "batch d_out"] | None = None,
     matmul_dtype: torch.dtype,
 ) -> StepStats:
     """The step of any sparsity from its formulas, dense: about ten times a kernel's time.
@@ -78,10 +110,7 @@ def autograd_step(
     """
     if chunk is not None and chunk < len(x):
         kernels.forget_gradients(sae)
-    centred = x - sae.b_dec if sae.subtract_b_dec else x.to(sae.W_enc.dtype)
-    parts = list(_parts(len(x), kernels.at_once(x.device, chunk)))
-    pre = (_pre(sae, centred[tokens], matmul_dtype) for tokens in parts)
-    cut = sae.sparsity.cut(pre, len(x), now)
+    centred, parts, cut = _chosen(sae, x, now, chunk, matmul_dtype)
     sums = _Sums(sae, len(x), now.coef)
     for tokens in parts:
         with torch.enable_grad():
@@ -93,7 +122,8 @@ def autograd_step(
             penalty = sae.sparsity.penalty(pre, acts, norms, now)
             decoder = sae.W_dec.detach(), sae.b_dec.detach()
             own = sae.sparsity.auxiliary(pre, left.detach(), decoder, dead)
-            sums.add(acts, residuals, penalty, own)
+            pushed = None if push is None else (push[tokens] * (y[tokens] - residuals[-1])).sum()
+            sums.add(acts, residuals, penalty, own, pushed)
     missed = sums.loss.new_zeros(())
     if aux is not None:
         missed = aux.add(sae, centred, torch.cat(sums.residual), sums.grads, chunk)
@@ -139,12 +169,19 @@ class _Sums:
         self.residual: list[Tensor] = []
 
     def add(
-        self, acts: Tensor, residuals: list[Tensor], penalty: Tensor, auxiliary: Tensor
+        self,
+        acts: Tensor,
+        residuals: list[Tensor],
+        penalty: Tensor,
+        auxiliary: Tensor,
+        pushed: Tensor | None,
     ) -> None:
         """One chunk, with the gradients of its share of the loss."""
         share, squares = len(acts) / self.tokens, [r.square().sum() for r in residuals]
         mse = squares[-1] / self.tokens
         reconstruction = torch.stack(squares).mean() / self.tokens
+        if pushed is not None:
+            reconstruction = (reconstruction + pushed) / 2
         loss = reconstruction + share * (self.coef * penalty + auxiliary)
         into = {
             self.sae.W_enc: self.grads.W_enc_T.T,

@@ -1,6 +1,7 @@
 """The training loop, read top to bottom: plan → stream of activations → one step a batch → run.
 
-Every SAE is trained on the same tokens from one forward pass of the language model. What it reads
+Every SAE is trained on the same tokens from one forward pass of the language model. The last of
+them may be fine-tuned on as whole sequences (`sae.finetuning`). What an SAE reads
 and rebuilds is scaled so that the mean norm at each hookpoint is √d; the weights a run stores have
 that scale folded in and take raw activations.
 
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from sae import checkpoint, fingerprint, mirror, planning, store
+from sae import checkpoint, finetuning, fingerprint, mirror, planning, store
 from sae import config as settings
 from sae.activations import ActivationStream, Batch, Statistics
 from sae.autoencoder import locate
@@ -128,6 +129,7 @@ class Training:
         self._started = self._saved_at = time.perf_counter()
         self._saved_tokens = self.tokens
         self._text_ended = False
+        self._spliced = finetuning.spliced_passes()
         torch.manual_seed(plan.config.seed)
         self.stream = self._stream(saved)
         self.learners = self._learners(saved)
@@ -186,7 +188,8 @@ class Training:
     @property
     def memory_ran_out(self) -> bool:
         """Whether work was ever split to fit into memory; the last bits may then be others."""
-        splits = [self.stream.passes, *(each.chunk for each in self.learners.values())]
+        chunks = (each.chunk for each in self.learners.values())
+        splits = [self.stream.passes, self._spliced, *chunks]
         return self._ran_out or any(split.halved for split in splits)
 
     @property
@@ -205,9 +208,25 @@ class Training:
     def draw(self, stop: Callable[[], bool]) -> Batches | None:
         """The next batches; None where reading was stopped and where the text has ended."""
         self.stream.stop = stop
-        drawn = self.stream.draw()
-        self._text_ended = drawn is None and not stop()
-        return None if drawn is None else self._along(drawn)
+        config = self.plan.config
+        if self.tokens < config.tokens - config.finetune.tokens:
+            drawn = self.stream.draw()
+            found = None if drawn is None else self._along(drawn)
+        else:
+            found = self._sequences()
+        self._text_ended = found is None and not stop()
+        return found
+
+    def _sequences(self) -> Batches | None:
+        """The next rows of text, whole, of about a batch of tokens."""
+        plan, optim = self.plan, self.plan.config.optim
+        rows = self.stream.rows(max(1, optim.batch // plan.config.data.context))
+        if rows is None:
+            return None
+        read = finetuning.Sequences.read(
+            plan.lm.model, plan.hookpoints, rows, plan.dtype, self._spliced, optim.max_norm
+        )
+        return {name: read.batch(each.route) for name, each in plan.members.items()}
 
     def gradients(self, batches: Batches) -> dict[str, StepStats]:
         """What each learner measures; its weights stay as they are."""
@@ -226,7 +245,8 @@ class Training:
         """Take the step."""
         for name, each in self.learners.items():
             each.apply(batches[name], stats[name], self.done)
-        self.tokens += self.plan.config.optim.batch
+        (batch, *_) = batches.values()
+        self.tokens += len(batch.source)
         self.steps += 1
         self.streak = 0
 

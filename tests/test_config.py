@@ -78,7 +78,7 @@ MISTAKES = [
     ("optim: 3", f"optim: 3 came, wanted settings below it: {BELOW_OPTIM}"),
     ("optim: {lrr: 3}", "optim.lrr: unknown setting; did you mean 'optim.lr'?"),
     ("optim: {zzz: 3}", f"optim.zzz: unknown setting; optim has {BELOW_OPTIM}"),
-    ("lr: 3", "lr: unknown setting; did you mean 'optim.lr'?"),
+    ("lr: 3", "lr: unknown setting; did you mean 'finetune.lr' or 'optim.lr'?"),
     ("name: x", "name: unknown setting; did you mean 'data.name' or 'model.name'?"),
     ("expansion: 3", "expansion: unknown setting; did you mean 'sae.expansion_factor'?"),
     ("optim.lr: 3", "optim.lr: unknown setting; in a file write `lr:` indented below `optim:`"),
@@ -170,6 +170,11 @@ MISTAKES = [
     (
         "optim: {lr_warmup: 0.9}",
         "optim.lr_warmup: 0.9 came, wanted a sum of at most 1 with optim.lr_decay (0.2); "
+        "change either",
+    ),
+    (
+        "{tokens: 5000, finetune: {tokens: 4000}}",
+        "finetune.tokens: 4000 came, wanted less by optim.batch at least than tokens (5000); "
         "change either",
     ),
     ("tokens: 10", "tokens: 10 came, wanted at least optim.batch (1024); change either"),

@@ -22,7 +22,7 @@ ROWS = (
     "fingerprint data progress records checkpoint steps concepts routes",
     "autoencoder browser",
     "activations losses revival",
-    "formats evaluation planning synthetic",
+    "formats evaluation planning synthetic finetuning",
     "learner resuming features terminal scores superposition isolation intervention",
     "training live fitting importing publishing",
     "runs verification",

@@ -142,6 +142,7 @@ def test_durations_are_in_the_unit_people_use(seconds: float, words: str) -> Non
         ({"sae.d_sae": "999999999999"}, ConfigError, "GB of memory"),
         ({"optim.pool": "99999999999999"}, ConfigError, "optim.pool: 99,999,999,999,999 tokens"),
         ({"device": "cuda:99"}, ConfigError, "give cpu or auto"),
+        ({"tokens": "10304", "finetune.tokens": "64"}, DataError, "and 512 for the pool"),
         ({"sae.skip": "true"}, ConfigError, "layers.1.mlp_act is rebuilt from itself"),
         (MAPS["transcoder"] | {"targets": ["layers.7.mlp_out"]}, HookpointError, "layers 0-1"),
         ({"init_from": "nowhere"}, RunError, "init_from: nowhere: no such folder"),

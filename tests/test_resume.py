@@ -28,6 +28,7 @@ EVERY = {"checkpoint.every_tokens": str(4 * BATCH)}
 KINDS = {name: variant.tiny for name, variant in VARIANTS.items()}
 KINDS["moving topk"] = {"sae.sparsity.k_start": "2"}
 KINDS["steered gated"] = VARIANTS["gated"].tiny | {"sae.sparsity.target_l0": "4"}
+KINDS["finetuned batchtopk"] = VARIANTS["batchtopk"].tiny | {"finetune.tokens": str(8 * BATCH)}
 KINDS["matryoshka topk"] = {"sae.prefixes": ["0.25", "1"]}
 
 

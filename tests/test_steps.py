@@ -139,6 +139,46 @@ def test_gradients_of_skips_and_sites_by_finite_differences(
             assert slope == pytest.approx(wanted[i].item(), rel=1e-5, abs=1e-7), name
 
 
+@pytest.mark.parametrize("prefixes", [(), (5, 12, variants.D_SAE)], ids=["plain", "matryoshka"])
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_the_gradients_of_a_push_by_finite_differences(kind: str, prefixes: tuple[int, ...]):
+    """It weighs as much as the reconstruction, and a step says what it pushes."""
+    variant, h, double = VARIANTS[kind], 1e-6, {"dtype": torch.float64}
+    sae = variants.build(variant.make(), d_out=5, skip=True, **double)
+    x, y, push = (
+        variants.randn(7, width, seed=seed, **double) for seed, width in enumerate((6, 5, 5), 50)
+    )
+
+    def loss() -> float:
+        return steps.step(sae, x, y, variant.now, 3, prefixes=prefixes, push=push).loss.item()
+
+    plain = steps.step(sae, x, y, variant.now)
+    recon = steps.reconstruct(sae, x, variant.now)
+    torch.testing.assert_close((recon - y).square().sum(1).mean(), plain.mse)
+    if not prefixes:
+        pushed = plain.loss.item() + ((push * recon).sum() - plain.mse).item() / 2
+        assert loss() == pytest.approx(pushed)
+    found = []
+    for pushes in (push, torch.zeros_like(push)):
+        steps.step(sae, x, y, variant.now, prefixes=prefixes, push=pushes)
+        assert sae.b_dec.grad is not None
+        found.append(sae.b_dec.grad.clone())
+    torch.testing.assert_close(found[0] - found[1], push.sum(0) / 2)
+    loss()
+    for name in () if variant.freezes_decoder else ("b_dec", "W_skip", "W_dec"):
+        flat, grad = sae.get_parameter(name).data.view(-1), sae.get_parameter(name).grad
+        assert grad is not None
+        wanted = grad.clone().view(-1)
+        for i in range(0, len(flat), 7):
+            before = flat[i].item()
+            flat[i] = before + h
+            above = loss()
+            flat[i] = before - h
+            slope = (above - loss()) / (2 * h)
+            flat[i] = before
+            assert slope == pytest.approx(wanted[i].item(), rel=1e-5, abs=1e-7), name
+
+
 PREFIXES = pytest.mark.parametrize(
     "prefixes", [(), (5, 12, variants.D_SAE)], ids=["plain", "matryoshka"]
 )
