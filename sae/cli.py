@@ -183,8 +183,10 @@ def _spelt(name: str) -> str:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    """The options that end in `name`, or the one most like it."""
-    tails = [option for option in known if option.endswith("." + name)]
+    """The options that end in `name`, or the one most like it; of a grid only for one of a grid."""
+    grid, of_grid = "--grid.", name.startswith("grid.")
+    known = [option for option in known if option.startswith(grid) == of_grid]
+    tails = [option for option in known if option.endswith("." + name.removeprefix("grid."))]
     if tails:
         return f"; did you mean {' or '.join(tails)}?"
     return suggest(f"--{name}", known)

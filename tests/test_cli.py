@@ -444,6 +444,21 @@ def test_several_mistakes_are_a_line_each(place: Place, capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        ("--lr", "did you mean --optim.lr or --finetune.lr?"),
+        ("--grid.lr", "did you mean --grid.optim.lr?"),
+        ("--seeds", "did you mean '--seed'?"),
+    ],
+)
+def test_an_option_of_a_grid_is_suggested_only_for_one(
+    given: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["train", given, "3"]) == 2
+    assert capsys.readouterr().err == f"sae: {given}: no such option; {hint}\n"
+
+
+@pytest.mark.parametrize(
     ("args", "kept"),
     [
         (["--search", "->"], ["--search=->"]),
