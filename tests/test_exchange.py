@@ -21,7 +21,7 @@ from sae import formats
 from sae.autoencoder import DTYPES, SparseAutoencoder
 from sae.errors import FormatError, RunError, SAEError
 from sae.formats import npz, torch_file
-from sae.formats.foreign import Foreign
+from sae.formats.foreign import Foreign, by_our_names
 from sae.sparsity import BatchTopK, Gated, JumpRelu, ReluL1, Sparsity, TopK
 from sae.store import write_atomic, write_manifest
 
@@ -499,6 +499,14 @@ def test_what_reads_two_hookpoints_is_for_no_other_tool(tmp_path: Path) -> None:
         with pytest.raises(FormatError) as caught:
             formats.write(name, folder, tmp_path / "out")
         assert advised(caught.value) == "safetensors"
+
+
+def test_what_is_no_matrix_is_not_turned() -> None:
+    """A file may hold anything by the name of a matrix: it stays, for its shape to be refused."""
+    theirs = {"a": torch.zeros(2, 3), "b": torch.zeros(2, 3, 4), "more": torch.zeros(1)}
+    ours = by_our_names(theirs, {"a": "W_enc", "b": "W_dec"}, ("a", "b"))
+    shapes = {name: tuple(tensor.shape) for name, tensor in ours.items()}
+    assert shapes == {"W_enc": (3, 2), "W_dec": (2, 3, 4)}
 
 
 def test_sparsify_names_the_module(tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def read(source: Path, *, trusted: bool = False) -> list[Foreign]:
     tensors, _ = torch_file.read(weights, trusted=trusted)
     foreign.check_names(weights, tensors, [*cls.names, *cls.said])
     known = foreign.known_facts(source, weights)
-    theirs = {name: _ours(theirs, tensors[theirs]) for theirs, name in cls.names.items()}
+    theirs = foreign.by_our_names(tensors, cls.names, _TRANSPOSED)
     sparsity, ours, notes = _inward(cls, theirs, tensors, known, weights)
     sae = foreign.assemble(weights, ours, sparsity, subtract_b_dec=cls.subtracts)
     facts, doubts = _facts(config)
@@ -169,10 +169,6 @@ def read(source: Path, *, trusted: bool = False) -> list[Foreign]:
         facts |= foreign.prefixes(weights, sizes, sae.d_sae)
     doubts += _scaled(name, sae.decoder_norms)
     return [Foreign(sae, facts | foreign.own_facts(known), (*notes, *([] if known else doubts)))]
-
-
-def _ours(name: str, tensor: Tensor) -> Tensor:
-    return tensor.T if name in _TRANSPOSED and tensor.ndim == 2 else tensor
 
 
 def _inward(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sae import config, hooks, language_model
 from sae.autoencoder import DTYPES, SparseAutoencoder, read_metadata
+from sae.config import TrainConfig
 from sae.errors import ConfigError, FormatError, ModelError, SAEError
 from sae.formats import hookpoints
 from sae.formats.tables import provenance
@@ -144,14 +145,20 @@ def opened(sae_folder: Path, features: list[int] | None = None) -> Foreign:
 
 def settings_of_run(sae_folder: Path, features: list[int] | None = None) -> dict[str, Any]:
     """What only the settings of its run tell; some features alone are no prefixes of anything."""
-    try:
-        known = config.load(sae_folder.parents[1] / "config.yaml")
-    except (ConfigError, IndexError):
+    if (known := _run_config(sae_folder)) is None:
         return {}
     plain = known.sae.prefixes == (1.0,) or features is not None
     return {"context": known.data.context} | (
         {} if plain else {"prefixes": list(known.sae.prefixes)}
     )
+
+
+def _run_config(sae_folder: Path) -> TrainConfig | None:
+    """The settings of the run that an SAE lies in; None where it lies in none."""
+    try:
+        return config.load(sae_folder.parents[1] / "config.yaml")
+    except (ConfigError, IndexError):
+        return None
 
 
 def ends_of(
@@ -171,10 +178,8 @@ def ends_of(
 
 def model_of(sae_folder: Path, name: str, point: Hookpoint, width: int) -> LanguageModel:
     """The language model, as the run's settings name it; ModelError where it is another."""
-    try:
-        settings = config.load(sae_folder.parents[1] / "config.yaml").model
-    except (ConfigError, IndexError):
-        settings = config.ModelConfig(name=name)
+    known = _run_config(sae_folder)
+    settings = known.model if known else config.ModelConfig(name=name)
     lm = language_model.load(settings, torch.device("cpu"))
     if (own := hooks.width(lm.model, point)) != width:
         raise ModelError(
@@ -416,6 +421,15 @@ def check_names(file: Path, found: Iterable[str], wanted: Iterable[str]) -> None
 def turned(tensor: Tensor) -> Tensor:
     """A matrix with rows for columns; what is none stays, for `assemble` to refuse."""
     return tensor.T if tensor.ndim == 2 else tensor
+
+
+def by_our_names(
+    theirs: Mapping[str, Tensor], names: Mapping[str, str], transposed: Iterable[str]
+) -> dict[str, Tensor]:
+    """Those in `names` by our names there, the matrices among `transposed` turned."""
+    kept = {name: tensor for name, tensor in theirs.items() if name in names}
+    kept |= {name: turned(kept[name]) for name in transposed if name in kept}
+    return {names[name]: tensor for name, tensor in kept.items()}
 
 
 def check_vectors(file: Path, tensors: Mapping[str, Tensor], names: Iterable[str]) -> torch.dtype:

@@ -62,10 +62,7 @@ def read(source: Path, *, trusted: bool = False) -> list[Foreign]:
         raise FormatError(f"{file}: activation {activation!r:.40} cannot be read here ({reason})")
     weights = {name: tensor for name, tensor in tensors.items() if name not in _STATISTICS}
     foreign.check_names(file, weights, _NAMES)
-    ours = {
-        name: weights[theirs].T if theirs in _TRANSPOSED else weights[theirs]
-        for theirs, name in _NAMES.items()
-    }
+    ours = foreign.by_our_names(weights, _NAMES, _TRANSPOSED)
     known = foreign.known_facts(file.parent, file)
     sparsity = foreign.trained("relu_l1", known)
     sae = foreign.assemble(file, ours, sparsity, subtract_b_dec=True)

@@ -105,10 +105,8 @@ def _read(folder: Path, root: Path) -> Foreign:
     tensors = fingerprint.load(weights)
     skip = cfg.flag("skip_connection", False)
     foreign.check_names(weights, tensors, (*_NAMES, *["W_skip"] * skip))
-    ours = {name: tensors[theirs] for theirs, name in _NAMES.items()}
-    if skip:
-        ours["W_skip"] = foreign.turned(tensors["W_skip"])
-    ours["W_enc"] = foreign.turned(ours["W_enc"])
+    names = _NAMES | {"W_skip": "W_skip"}
+    ours = foreign.by_our_names(tensors, names, ("encoder.weight", "W_skip"))
     sae = foreign.assemble(
         weights,
         ours,
