@@ -347,10 +347,6 @@ def evaluate(args: list[str]) -> None:
     for name, evaluation in found.items():
         console.print(evaluation_table(evaluation, name))
         print(f"written {opened.folders[name] / 'eval.json'}")
-        if evaluation.n_tokens < n_tokens:
-            print(
-                f"evaluated {evaluation.n_tokens:,} tokens, not {n_tokens:,}: no more are held out"
-            )
     print(f"next: sae features {_run(opened.run.path, _text(given, 'sae'))}")
 
 
@@ -523,9 +519,11 @@ def export(args: list[str]) -> None:
     name = str(given["format"])
     formats.check(name)
     runs, out = [Run(path) for path in cast("list[str]", given["run"])], str(given["out"])
-    if name == "html" and len(folders := list(_sae_folders(runs, _text(given, "sae")))) > 1:
-        _export_pages(folders, out, given)
-        return
+    if name == "html":
+        folders = [folder for run in runs for folder in run.chosen(_text(given, "sae"))]
+        if len(folders) > 1:
+            _export_pages(folders, out, given)
+            return
     if len(runs) > 1:
         raise ConfigError(f"--format {name} takes one RUN, {len(runs)} came; html takes several")
     folder = runs[0].sae(_text(given, "sae"))
@@ -538,12 +536,6 @@ def export(args: list[str]) -> None:
         print(visible(note))
     print(f"written {out}")
     print(f"next: {formats.how_to_open(name, out)}")
-
-
-def _sae_folders(runs: Iterable, name: str | None) -> Iterator[Path]:
-    """All SAEs of the runs, or of each the one named."""
-    for run in runs:
-        yield from run.chosen(name)
 
 
 def _export_pages(folders: list[Path], out: str, given: dict[str, object]) -> None:

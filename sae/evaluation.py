@@ -660,7 +660,7 @@ def _notes(bench: _Bench[K], key: K, fvu: Estimate) -> tuple[str, ...]:
     if bench.model.dtype != torch.float32:
         notes.append(f"the language model computed in {bench.model.dtype}, not in float32")
     if bench.n_tokens < bench.wanted:
-        notes.append(f"the text ended after {bench.n_tokens} of {bench.wanted} tokens")
+        notes.append(f"the text ended after {bench.n_tokens:,} of {bench.wanted:,} tokens")
     if len(bench.tokens) < 2:
         notes.append("no standard errors: only one sequence")
     if fvu.value is None:
