@@ -2,9 +2,10 @@
 
     python scripts/compare_saelens.py --venvs peers
 
-About 100 trainings, two hours on one core; peers.py says how to make the environments. Expected:
-for each variant of a package a line with both FVUs, their difference and HOLDS or FAILS: whether
-ours is worse by more than two standard errors. Below it, what as many of the largest neurons keep.
+About 100 trainings, estimated at two hours of one core; peers.py says how to make the environments.
+Expected: for each variant of a package a line with both FVUs, their difference and HOLDS or FAILS:
+whether ours is worse by more than two standard errors. Below it, what as many of the largest
+neurons keep.
 
 Both sides read the same shuffled activations in the same order, from files that are written once a
 seed, at the same hookpoint, width, batch and token budget. Ours has the defaults of `sae train`,
