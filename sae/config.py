@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from operator import attrgetter
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
@@ -77,14 +78,16 @@ def _to_the_end(value: tuple[float, ...]) -> tuple[float, ...]:
 
 def _axes(value: object) -> object:
     """Pairs of a dotted setting and its values: `sae: {d_sae: 8}` is `sae.d_sae: [8]`."""
-    return tuple(dict(_pairs(value)).items()) if isinstance(value, Mapping) else value
+    if value is None:  # every line below it commented out
+        return ()
+    return tuple(_pairs(value)) if isinstance(value, Mapping) else value
 
 
 def _pairs(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, tuple[Any, ...]]]:
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from _pairs(value, f"{prefix}{key}.")
-        elif value != []:
+        else:
             values = value if isinstance(value, list | tuple) else [value]
             yield f"{prefix}{key}", tuple(map(_frozen, values))
 
@@ -95,8 +98,11 @@ def _frozen(value: object) -> object:
 
 
 def _of_a_grid(value: "Axes") -> "Axes":
-    """Refuse settings that all SAEs of a run share, values given twice, and too many SAEs."""
-    lines = [line for key, values in value for line in _axis_mistakes(key, values)]
+    """Refuse settings that all SAEs of a run share, any given twice, and too many SAEs."""
+    names = [key for key, _ in value]
+    twice = dict.fromkeys(key for key in names if names.count(key) > 1)
+    lines = [f"grid: {_show(key)} is given twice, as a.b and below a; keep one" for key in twice]
+    lines += [line for key, values in value for line in _axis_mistakes(key, values)]
     if (count := math.prod(len(values) for _, values in value)) > MOST_POINTS:
         lines.append(f"grid: {count:,} SAEs a hookpoint came, wanted at most {MOST_POINTS}")
     if lines:
@@ -112,6 +118,8 @@ def _axis_mistakes(key: str, values: tuple[Any, ...]) -> Iterator[str]:
         why = "all SAEs of a run share it" if shared else "unknown setting"
         near = "" if shared else suggest(key, keys)
         yield f"{shown}: {why}{near or '; wanted sae.*, seed, or such as optim.lr'}"
+    elif not values:
+        yield f"{shown}: [] came, wanted at least one value"
     elif len({value_name(each) for each in values}) < len(values):
         yield f"{shown}: {_show(values)} came, wanted each value once"
 
@@ -560,6 +568,8 @@ SHARED = ("optim.batch", "optim.pool", "optim.llm_batch", "optim.max_norm")
 """Settings of the optimiser that are about the text, which all SAEs of a run read together."""
 MOST_POINTS = 256
 """SAEs that a grid may have at each hookpoint."""
+EXACT = 1e15
+"""Below it a float that is whole has all its digits, and is named by them."""
 
 _DEFAULT_KIND = "relu_l1"
 _KIND = "sae.sparsity.kind"
@@ -625,9 +635,15 @@ def points(config: TrainConfig) -> list[Point]:
     for combination in itertools.product(*values):
         settings = dict(zip(names, combination, strict=True))
         try:
-            found.append(Point(settings, _with(config, settings)))
+            own = _with(config, settings)
         except ConfigError as error:
             mistakes |= dict.fromkeys(f"grid.{line}" for line in str(error).splitlines())
+        else:  # as they were understood: 1 and 1.0 are one number, and one name
+            found.append(Point({key: attrgetter(key)(own) for key in names}, own))
+    if not mistakes and len({point.suffix for point in found}) < len(found):
+        mistakes["grid: two SAEs would be the same, as 1 and 1.0 are; wanted each value once"] = (
+            None
+        )
     if mistakes:
         raise ConfigError("\n".join(mistakes))
     return found
@@ -643,7 +659,9 @@ def _with(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConfig:
 
 
 def value_name(value: object) -> str:
-    """A value as a part of a file name: 8, 0.001, topk, 0.25_1."""
+    """A value as a part of a file name: 8 (8.0 too), 0.001, topk, 0.25_1."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < EXACT:
+        value = int(value)
     if isinstance(value, list | tuple):
         return "_".join(map(value_name, value))
     return _safe(str(value).lower() if isinstance(value, bool | None) else str(value))
@@ -964,13 +982,16 @@ def _switch_kind(data: dict[str, Any], kind: object) -> None:
 
 
 def _put(data: dict[str, Any], key: str, value: object) -> bool:
-    """Set a dotted key; False where something other than a group is in the way."""
-    *groups, last = key.split(".")
-    for group in groups:
+    """Set a dotted key; False where something other than a group is in the way.
+
+    What stands there dotted, as in a grid, is replaced where it stands.
+    """
+    while "." in key and key not in data:
+        group, _, key = key.partition(".")
         data = data.setdefault(group, {})
         if not isinstance(data, dict):
             return False
-    data[last] = value
+    data[key] = value
     return True
 
 

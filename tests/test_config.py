@@ -193,6 +193,19 @@ MISTAKES = [
     ),
     ("grid: {sede: [1, 2]}", "grid.sede: unknown setting; did you mean 'seed'?"),
     ("grid: {seed: [1, 1]}", "grid.seed: [1, 1] came, wanted each value once"),
+    (
+        "grid: {sae.sparsity.l1: [1, 1.0]}",
+        "grid.sae.sparsity.l1: [1, 1.0] came, wanted each value once",
+    ),
+    (
+        "grid: {sae.skip: [true, 'yes']}",
+        "grid: two SAEs would be the same, as 1 and 1.0 are; wanted each value once",
+    ),
+    (
+        "grid: {sae.d_sae: [64], sae: {d_sae: [128]}}",
+        'grid: "sae.d_sae" is given twice, as a.b and below a; keep one',
+    ),
+    ("grid: {seed: []}", "grid.seed: [] came, wanted at least one value"),
     ("grid: {seed: [1, x]}", 'grid.seed: "x" came, wanted a whole number from 0 to 4294967295'),
     (
         "grid: {sae: {sparsity: {k: 3}}}",
@@ -480,6 +493,15 @@ def test_a_grid_is_every_combination_of_its_values():
     )
     assert points(TrainConfig()) == [({}, TrainConfig())]
     assert run_name(config) == "builtin-layers.2.mlp_act-relu_l1-x8-grid-seed-kind-prefixes-seed_3"
+
+
+def test_a_whole_number_has_one_name_and_an_override_takes_the_place_of_the_file(write):
+    text = "grid: {sae: {expansion_factor: 4}, sae.d_sae: [64, 128], seed: [1]}"
+    config = resolve(write(text), {"grid.sae.d_sae": ["1e2"], "grid.optim.lr": ["2.0"]})
+    (point,) = points(config)
+    assert point.suffix == "-expansion_factor=4-d_sae=100-seed=1-lr=2"
+    assert point.settings["sae.d_sae"] == 100 and point.config.sae.d_sae == 100
+    assert not resolve(write("grid: # none"), {}).grid
 
 
 def test_grid_flags_are_those_of_the_settings_an_sae_has_of_its_own():
