@@ -62,6 +62,9 @@ def _differences(started_with: TrainConfig, chosen: TrainConfig) -> Iterator[str
                 f"{key}: {now.get(key)!r} came, the run to resume has {before.get(key)!r}; leave "
                 "it out, or start another run"
             )
+    came, had = ([key for key, _ in each.grid] for each in (chosen, started_with))
+    if came != had and sorted(came) == sorted(had):  # their order names the SAEs
+        yield f"grid: {', '.join(came)} came, the run to resume has the order {', '.join(had)}"
 
 
 def check_environment(saved: Checkpoint, plan: Plan, *, allow_changed: bool) -> list[str]:

@@ -109,6 +109,9 @@ def test_an_interrupted_grid_ends_in_the_same_bits(folder: Path, tmp_path: Path)
     without = planned(folder, BOTH | {"output": str(tmp_path / "other")}).config
     with pytest.raises(ConfigError, match=r"grid.seed: None came, the run to resume has \[3\]"):
         check_config(saved_state(run), without)
+    turned = {"grid": dict(reversed(grid["grid"].items()))}
+    with pytest.raises(ConfigError, match=r"grid: seed, sae.d_sae, .+ has the order sae"):
+        check_config(saved_state(run), planned(folder, changes | turned | {"output": "o"}).config)
     trained(folder, run, changes, resume=saved_state(run))
     assert weights(run) == weights(whole) and len(set(weights(run))) == 8
     assert metrics(run) == metrics(whole)
