@@ -48,8 +48,11 @@ def check_complete(run: Path, chosen: TrainConfig) -> None:
 
 
 def check_config(saved: Checkpoint, chosen: TrainConfig) -> None:
-    """ConfigError with a line for each setting that is not as the run was started with."""
-    started_with = TrainConfig.model_validate(saved.facts["config"])
+    """ConfigError with a line for each setting that is not as the run was started with.
+
+    And where this version does not know the settings that it was started with.
+    """
+    started_with = config.resolve(None, saved.facts["config"])
     if lines := list(_differences(started_with, chosen)):
         raise ConfigError("\n".join(lines))
 

@@ -19,6 +19,8 @@ from variants import VARIANTS
 
 from sae import checkpoint, cli, store, training
 from sae.activations import ActivationStream
+from sae.checkpoint import Checkpoint
+from sae.config import TrainConfig
 from sae.errors import ConfigError, RunError
 from sae.resuming import check_config, saved_state
 from sae.store import Run, read_manifest, sha256
@@ -322,6 +324,14 @@ def test_other_settings_of_a_complete_run_are_named(
     first, last = err.splitlines()
     assert code == 2 and "optim.lr: 0.1 came, the run to resume has 0.002" in first
     assert f"{run} is complete; --init-from trains it further" in last
+
+
+def test_a_checkpoint_of_settings_unknown_here_is_refused_in_words(tmp_path: Path) -> None:
+    chosen = TrainConfig()
+    before = chosen.model_dump(mode="json", exclude={"grid", "finetune"})  # as it once was
+    check_config(Checkpoint(tmp_path, {"config": before}), chosen)
+    with pytest.raises(ConfigError, match="colour: unknown setting"):
+        check_config(Checkpoint(tmp_path, {"config": before | {"colour": "red"}}), chosen)
 
 
 @pytest.mark.parametrize("text", ["0", "-3", "soon", "5 weeks", ""])
