@@ -81,6 +81,14 @@ def test_the_table_has_no_module_that_is_gone() -> None:
     assert {module(file) for file in SOURCES} - {""} == ROW.keys()
 
 
+def test_the_readme_names_every_module() -> None:
+    readme = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+    paths = {file for file in PACKAGE.glob("*.py") if file.stem != "__init__"}
+    paths |= {file.parent for file in PACKAGE.glob("*/__init__.py")}
+    names = (f"`sae/{path.name}{'/' if path.is_dir() else ''}`" for path in sorted(paths))
+    assert [name for name in names if name not in readme] == []
+
+
 def test_imports_are_found_wherever_they_hide() -> None:
     source = """
 from typing import TYPE_CHECKING

@@ -1,4 +1,5 @@
-"""Every script can be imported, does nothing then, and says what it is for with --help."""
+"""Every script can be imported, does nothing then, says what it is for with --help, and is in the
+README."""
 
 import importlib
 import sys
@@ -18,6 +19,11 @@ def test_an_import_prints_nothing(
     monkeypatch.syspath_prepend(SCRIPTS)
     assert importlib.import_module(name).__doc__
     assert capsys.readouterr().out == ""
+
+
+def test_the_readme_names_every_script() -> None:
+    readme = (SCRIPTS.parent / "README.md").read_text(encoding="utf-8")
+    assert [name for name in NAMES if f"`scripts/{name}.py`" not in readme] == []
 
 
 @pytest.mark.parametrize("name", ASKED)
