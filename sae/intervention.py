@@ -124,11 +124,17 @@ def remove_random(saes: Autoencoders, features: Features, generator: torch.Gener
     """The same activations taken out along random directions of the same norms."""
     changes = {}
     for point, own in features.items():
-        rows = saes[point].W_dec[own].detach()
-        drawn = torch.randn(rows.shape, generator=generator)
-        drawn *= rows.norm(dim=1, keepdim=True) / drawn.norm(dim=1, keepdim=True)
+        drawn = random_directions(saes[point].W_dec[own].detach(), generator)
         changes[point] = set_to(saes[point], own, directions=drawn)
     return changes
+
+
+def random_directions(
+    rows: Float[Tensor, "m d"], generator: torch.Generator
+) -> Float[Tensor, "m d"]:
+    """As many at random, with the norms of `rows`."""
+    drawn = torch.randn(rows.shape, generator=generator)
+    return drawn * (rows.norm(dim=1, keepdim=True) / drawn.norm(dim=1, keepdim=True))
 
 
 @torch.no_grad()

@@ -103,19 +103,14 @@ def study_setting(lm: LanguageModel, saes: Autoencoders) -> list[dict[str, Any]]
             changes, aside = {}, {}
             for point, features in own.items():
                 value = row["gain"] * usual[point][features]
-                sae, drawn = saes[point], random_rows(saes[point].W_dec[features], generator)
+                sae = saes[point]
+                drawn = intervention.random_directions(sae.W_dec[features], generator)
                 changes[point] = intervention.set_to(sae, features, value)
                 aside[point] = intervention.set_to(sae, features, value, drawn)
             for name, change in (("moved", changes), ("random", aside)):
                 said = intervention.answer(lm.model, others, change).argmax(1)
                 row[name].append((said == sport).double().mean().item())
     return rows
-
-
-def random_rows(rows: Tensor, generator: torch.Generator) -> Tensor:
-    """[m d] random directions with the norms of these."""
-    drawn = torch.randn(rows.shape, generator=generator)
-    return drawn * rows.norm(dim=1, keepdim=True) / drawn.norm(dim=1, keepdim=True)
 
 
 @torch.no_grad()
