@@ -10,11 +10,11 @@ from torch.nn.functional import normalize
 
 from sae import concepts, hooks, isolation
 from sae.activations import Batch
-from sae.autoencoder import SparseAutoencoder
 from sae.concepts import Concept, Labelled
 from sae.config import TrainConfig
 from sae.fitting import fit
 from sae.hooks import Hookpoint
+from sae.intervention import Autoencoders
 from sae.isolation import bootstrap, isolated
 from sae.language_model import LanguageModel
 
@@ -26,7 +26,6 @@ RIDGE = 10.0
 Place = Callable[[Labelled], Tensor]
 """Which tokens [rows seq] are read."""
 Acts = dict[Hookpoint, Tensor]
-Autoencoders = dict[Hookpoint, SparseAutoencoder]
 Bank = Callable[[Hookpoint, Tensor], Tensor]
 """Raw activations [n d] at a hookpoint → units [n units]."""
 
@@ -171,7 +170,7 @@ def table(results: Mapping[str, Mapping[str, Any]], listed: Sequence[Concept]) -
     for name, result in results.items():
         f1 = torch.tensor(result["f1"])
         own = isolated(f1)
-        less = bootstrap(ours - own) if own is not ours and not torch.equal(own, ours) else ""
+        less = "" if torch.equal(own, ours) else bootstrap(ours - own)
         shares = []
         for variable in variables:
             mine = torch.tensor([concept.variable == variable for concept in listed])

@@ -30,6 +30,7 @@ from sae import concepts, hooks, language_model
 from sae.autoencoder import SparseAutoencoder
 from sae.config import ModelConfig, TrainConfig, resolve
 from sae.hooks import Hookpoint
+from sae.intervention import Autoencoders
 from sae.isolation import bootstrap, isolated
 from sae.language_model import LanguageModel
 
@@ -85,7 +86,7 @@ class Isolation:
         saes = self.trained(self.ours[0], seed)
         return units.score(units.features(*saes), self.ours, self.listed, spread=True)
 
-    def trained(self, side: units.Side, seed: int = 0) -> list[units.Autoencoders]:
+    def trained(self, side: units.Side, seed: int = 0) -> list[Autoencoders]:
         """The SAEs of both recipes."""
         return [units.train(side.acts, config(seed=str(seed), **more)) for more in ({}, FINE)]
 
@@ -158,7 +159,7 @@ class Causes:
         self.lm, self.folder = lm, folder
 
     @cached_property
-    def saes(self) -> units.Autoencoders:
+    def saes(self) -> Autoencoders:
         """Those in the folder; what is not there is trained."""
         return {point: self.sae(point) for point in (*NAME_POINTS, ANSWER_POINT)}
 
