@@ -20,7 +20,7 @@ class Kept:
         empty = {"about": about, "results": {}}
         self._data = json.loads(path.read_text()) if path.exists() else empty
         if self._data["about"] != about:
-            sys.exit(f"{path} holds other settings, {self._data['about']}; give another --out")
+            sys.exit(f"{path} holds other settings, {self._data['about']}; name another file")
 
     def of(self, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result named `key`, computed and written down if it is not there."""

@@ -260,7 +260,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--results", type=Path, default=Path("checkpoints/facts.json"))
+    parser.add_argument(
+        "--results", type=Path, default=Path("checkpoints/facts.json"), help="kept and reused"
+    )
     parser.add_argument("--out", type=Path, default=Path("docs/figures"), help="for the figures")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
