@@ -35,7 +35,7 @@ exchange: install
 	$(RUN) scripts/other_tools.py --peers $(PEERS)
 
 dashboards: install
-	$(RUN) scripts/neuronpedia.py --peers $(PEERS)
+	OMP_NUM_THREADS=1 $(RUN) scripts/neuronpedia.py --peers $(PEERS)
 
 faults: install
 	PYTHONPATH=tests $(RUN) -m faults
