@@ -188,5 +188,7 @@ def test_a_map_reopens_by_its_two_sides(tmp_path: Path, name: str) -> None:
     formats.write("jsonl", weights, tmp_path / "rows")
     refusing = ["openmoss"] + (["saelens", "sparsify"] if len(route.targets) > 1 else [])
     for other in refusing:
-        with pytest.raises(FormatError, match="use --format safetensors"):
+        with pytest.raises(FormatError, match="; use --format ") as refusal:
             formats.write(other, weights, tmp_path / other)
+        advised = str(refusal.value).rpartition(" ")[2]
+        formats.write(advised, weights, tmp_path / f"instead-of-{other}")
