@@ -2,6 +2,7 @@
 and that each sparsity takes the step meant for it."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,9 @@ from sae.sparsity import ReluL1, Sparsity, TopK
 
 NOW = Moment(coef=0.7, k=4)
 DEAD = torch.arange(64) % 3 == 0
+PREFIXES = pytest.mark.parametrize(
+    "prefixes", [(), (5, 12, variants.D_SAE)], ids=["plain", "matryoshka"]
+)
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -35,6 +39,25 @@ def assert_same(sae: SparseAutoencoder, got: StepStats, other: SparseAutoencoder
         torch.testing.assert_close(parameter.grad, other.get_parameter(name).grad)
     for field in dataclasses.fields(StepStats):
         torch.testing.assert_close(getattr(got, field.name), getattr(want, field.name))
+
+
+def assert_slopes(
+    sae: SparseAutoencoder, loss: Callable[[], float], names: Sequence[str], every: int, h=1e-6
+):
+    """The gradients that `loss` sets are its finite differences, at `every`-th weights."""
+    loss()
+    for name in names:
+        flat, grad = sae.get_parameter(name).data.view(-1), sae.get_parameter(name).grad
+        assert grad is not None
+        wanted = grad.clone().view(-1)
+        for i in range(0, len(flat), every):
+            before = flat[i].item()
+            flat[i] = before + h
+            above = loss()
+            flat[i] = before - h
+            slope = (above - loss()) / (2 * h)
+            flat[i] = before
+            assert slope == pytest.approx(wanted[i].item(), rel=1e-5, abs=1e-7), name
 
 
 @pytest.mark.parametrize("chunk", [None, 7])
@@ -116,34 +139,22 @@ def test_gradients_of_skips_and_sites_by_finite_differences(
 ):
     """Of W_skip, and of the decoder, whose norms are summed over the sites; both ways of ReLU."""
     monkeypatch.setattr(kernels, "SPARSE_BELOW", sparse_below)
-    variant, h, double = VARIANTS[kind], 1e-6, {"dtype": torch.float64}
+    variant, double = VARIANTS[kind], {"dtype": torch.float64}
     sae = variants.build(variant.make(), d_out=5, **double, **shape)
     x, y = variants.randn(7, 6, seed=50, **double), variants.randn(7, 5, seed=51, **double)
 
     def loss() -> float:
         return steps.step(sae, x, y, variant.now).loss.item()
 
-    loss()
     names = () if variant.freezes_decoder else ("W_skip",) * ("skip" in shape) + ("W_dec",)
-    for name in names:
-        flat, grad = sae.get_parameter(name).data.view(-1), sae.get_parameter(name).grad
-        assert grad is not None
-        wanted = grad.clone().view(-1)
-        for i in range(0, len(flat), 4):
-            before = flat[i].item()
-            flat[i] = before + h
-            above = loss()
-            flat[i] = before - h
-            slope = (above - loss()) / (2 * h)
-            flat[i] = before
-            assert slope == pytest.approx(wanted[i].item(), rel=1e-5, abs=1e-7), name
+    assert_slopes(sae, loss, names, every=4)
 
 
-@pytest.mark.parametrize("prefixes", [(), (5, 12, variants.D_SAE)], ids=["plain", "matryoshka"])
+@PREFIXES
 @pytest.mark.parametrize("kind", VARIANTS)
 def test_the_gradients_of_a_push_by_finite_differences(kind: str, prefixes: tuple[int, ...]):
     """It weighs as much as the reconstruction, and a step says what it pushes."""
-    variant, h, double = VARIANTS[kind], 1e-6, {"dtype": torch.float64}
+    variant, double = VARIANTS[kind], {"dtype": torch.float64}
     sae = variants.build(variant.make(), d_out=5, skip=True, **double)
     x, y, push = (
         variants.randn(7, width, seed=seed, **double) for seed, width in enumerate((6, 5, 5), 50)
@@ -164,24 +175,8 @@ def test_the_gradients_of_a_push_by_finite_differences(kind: str, prefixes: tupl
         assert sae.b_dec.grad is not None
         found.append(sae.b_dec.grad.clone())
     torch.testing.assert_close(found[0] - found[1], push.sum(0) / 2)
-    loss()
-    for name in () if variant.freezes_decoder else ("b_dec", "W_skip", "W_dec"):
-        flat, grad = sae.get_parameter(name).data.view(-1), sae.get_parameter(name).grad
-        assert grad is not None
-        wanted = grad.clone().view(-1)
-        for i in range(0, len(flat), 7):
-            before = flat[i].item()
-            flat[i] = before + h
-            above = loss()
-            flat[i] = before - h
-            slope = (above - loss()) / (2 * h)
-            flat[i] = before
-            assert slope == pytest.approx(wanted[i].item(), rel=1e-5, abs=1e-7), name
-
-
-PREFIXES = pytest.mark.parametrize(
-    "prefixes", [(), (5, 12, variants.D_SAE)], ids=["plain", "matryoshka"]
-)
+    names = () if variant.freezes_decoder else ("b_dec", "W_skip", "W_dec")
+    assert_slopes(sae, loss, names, every=7)
 
 
 @PREFIXES
