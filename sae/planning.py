@@ -170,9 +170,9 @@ def plan(config: TrainConfig, *, resuming: bool = False) -> Plan:
     lm = open_model(config, device)
     members = _members(_routes(lm, config), config)
     hookpoints = list(dict.fromkeys(p for each in members.values() for p in each.route.points))
+    _check_predicts(config, lm)
     source = open_source(config.data, lm.tokenizer, config.seed)
     _check_amount(config, source)
-    _check_predicts(config, lm)
     dtype = pick_dtype(config.model.dtype, device)
     made = Plan(
         device=device,
