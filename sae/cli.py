@@ -227,8 +227,8 @@ def train(args: list[str]) -> int:
             help=(flag.help + shown).replace("%", "%%"),
         )
     parser.epilog = f"--grid.SETTING value …: {config.grid_help()}"
-    for flag in config.grid_flags():
-        parser.add_argument(f"--{flag.name}", nargs="+", action="extend", help=argparse.SUPPRESS)
+    for key in config.grid_keys():
+        parser.add_argument(f"--grid.{key}", nargs="+", action="extend", help=argparse.SUPPRESS)
     given, mistakes = parser.sift(args)
     settings = vars(parser.parse_args(given))
     own = ("config", "dry_run", "resume", "max_time", "allow_changed_environment")

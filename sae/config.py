@@ -689,15 +689,6 @@ def flags() -> list[Flag]:
     return [_flag(leaves) for leaves in same_name.values()]
 
 
-def grid_flags() -> list[Flag]:
-    """`--grid.<setting> value …` of every setting that a grid may hold."""
-    return [
-        Flag(f"grid.{flag.name}", flag.type, (), flag.help, many=True)
-        for flag in flags()
-        if flag.name in grid_keys()
-    ]
-
-
 def grid_help() -> str:
     """What `grid` is."""
     return " ".join((TrainConfig.model_fields["grid"].description or "").split())

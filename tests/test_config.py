@@ -23,7 +23,7 @@ from sae.config import (
     TrainConfig,
     dump,
     flags,
-    grid_flags,
+    grid_keys,
     load,
     points,
     resolve,
@@ -504,8 +504,8 @@ def test_a_whole_number_has_one_name_and_an_override_takes_the_place_of_the_file
     assert not resolve(write("grid: # none"), {}).grid
 
 
-def test_grid_flags_are_those_of_the_settings_an_sae_has_of_its_own():
-    names = {flag.name for flag in grid_flags()}
+def test_the_keys_of_a_grid_are_those_of_the_settings_an_sae_has_of_its_own():
+    names = {f"grid.{key}" for key in grid_keys()}
     assert {"grid.seed", "grid.sae.d_sae", "grid.sae.sparsity.l1", "grid.optim.lr"} <= names
     assert not {"grid.optim.batch", "grid.tokens", "grid.hookpoints", "grid.data.source"} & names
 
