@@ -56,7 +56,7 @@ STUDIES = {
         PlantedConfig(d_in=128, n_features=1024, active=8),
         WIDE,
         1 << 19,
-        {"sae.sparsity.k": 8},
+        {"sae.sparsity.k": 8, "optim.lr": 2.5e-3},
     ),
     "correlated": Study(
         "256 features, 32 groups of correlation 0.5",
