@@ -280,14 +280,6 @@ class ReluL1Config(L1Config):
     p_ramp: Span = (0.1, 0.9)
     """From which to which share of the tokens the power goes from 1 to p_end."""
 
-    @model_validator(mode="after")
-    def _moves(self) -> "ReluL1Config":
-        given = self.p_ramp != type(self).model_fields["p_ramp"].default
-        if given and self.p_end == 1:
-            wanted = "only where {other} is below 1"
-            raise _clash("p_ramp", [*self.p_ramp], wanted, "p_end", self.p_end)
-        return self
-
     def at(self, done: float) -> Moment:
         """The coefficient, and the power, which goes from 1 to `p_end` over `p_ramp`."""
         return replace(super().at(done), p=moving(1.0, self.p_end, done, self.p_ramp))
@@ -568,6 +560,8 @@ SHARED = ("optim.batch", "optim.pool", "optim.llm_batch", "optim.max_norm")
 """Settings of the optimiser that are about the text, which all SAEs of a run read together."""
 MOST_POINTS = 256
 """SAEs that a grid may have at each hookpoint."""
+RAMPS = {"p_ramp": "p_end"}
+"""From when to when a setting of the sparsity moves, and where to."""
 EXACT = 1e15
 """Below it a float that is whole has all its digits, and is named by them."""
 
@@ -749,14 +743,15 @@ def _safe(text: str) -> str:
 
 
 def load(path: str | Path) -> TrainConfig:
-    """The config in a YAML file. Raises ConfigError naming every mistake."""
-    return resolve(path, {})
+    """The config that a run's YAML file holds. Raises ConfigError naming every mistake."""
+    return _validate(_tidy(_read(Path(path)), TrainConfig), [])
 
 
 def resolve(path: str | Path | None, overrides: Mapping[str, object]) -> TrainConfig:
     """The config of a YAML file (or the defaults) under `overrides`, dotted keys as typed.
 
-    An override of `sae.sparsity.kind` drops the settings of the file's own kind.
+    An override of `sae.sparsity.kind` drops the settings of the file's own kind. What is given
+    must have an effect, which `load` does not ask of a run that is trained already.
     Raises ConfigError naming every mistake of both.
     """
     data = _tidy({} if path is None else _read(Path(path)), TrainConfig)
@@ -769,7 +764,27 @@ def resolve(path: str | Path | None, overrides: Mapping[str, object]) -> TrainCo
         known = key in leaves
         if not _put(data, key, _typed(value, leaves[key]) if known else value) and not known:
             lines.append(f"{key}: unknown setting; nothing goes below {key.rpartition('.')[0]}")
-    return _validate(data, lines)
+    config = _validate(data, lines)
+    _refuse_idle_ramps(config)
+    return config
+
+
+def _refuse_idle_ramps(config: TrainConfig) -> None:
+    """ConfigError for a ramp that is given and moves nothing in any SAE of the run."""
+    sparsities = [point.config.sae.sparsity for point in points(config)]
+    for ramp, end in RAMPS.items():
+        having = [sparsity for sparsity in sparsities if ramp in type(sparsity).model_fields]
+        given = [sparsity for sparsity in having if _is_given(sparsity, ramp)]
+        if given and not any(_is_given(sparsity, end) for sparsity in having):
+            came, at = _show(getattr(given[0], ramp)), _show(getattr(given[0], end))
+            raise ConfigError(
+                f"sae.sparsity.{ramp}: {came} came, but sae.sparsity.{end} ({at}) moves nothing; "
+                "change either"
+            )
+
+
+def _is_given(sparsity: SparsityConfig, name: str) -> bool:
+    return getattr(sparsity, name) != type(sparsity).model_fields[name].default
 
 
 def dump(config: TrainConfig) -> str:

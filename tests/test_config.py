@@ -160,8 +160,8 @@ MISTAKES = [
     ),
     (
         "sae: {sparsity: {p_ramp: [0, 0.5]}}",
-        "sae.sparsity.p_ramp: [0.0, 0.5] came, wanted only where sae.sparsity.p_end (1.0) is below "
-        "1; change either",
+        "sae.sparsity.p_ramp: [0.0, 0.5] came, but sae.sparsity.p_end (1.0) moves nothing; change "
+        "either",
     ),
     (
         "optim: {batch: 200000}",
@@ -220,6 +220,17 @@ MISTAKES = [
 def test_a_mistake_names_the_key_the_value_and_what_to_do(write, text, line):
     (got,) = mistakes(write(text))
     assert got == line or (line.endswith("has") and got.startswith(line))
+
+
+def test_a_ramp_without_effect_is_refused_in_new_runs_alone(write):
+    """One SAE of a grid that it moves is enough, and a run that is trained opens as it is."""
+    ramp = {"sae.sparsity.p_ramp": ["0", "0.5"]}
+    assert len(mistakes(None, ramp)) == 1
+    assert resolve(None, ramp | {"grid.sae.sparsity.p_end": ["1", "0.5"]}).grid
+    assert resolve(
+        None, ramp | {"grid.sae.sparsity.kind": ["relu_l1", "gated"], "sae.sparsity.p_end": "0.5"}
+    )
+    assert load(write("sae: {sparsity: {p_ramp: [0, 0.5]}}")).sae.sparsity.at(0.2).p == 1
 
 
 def test_all_mistakes_come_at_once_those_between_two_settings_too(write):
