@@ -560,8 +560,8 @@ SHARED = ("optim.batch", "optim.pool", "optim.llm_batch", "optim.max_norm")
 """Settings of the optimiser that are about the text, which all SAEs of a run read together."""
 MOST_POINTS = 256
 """SAEs that a grid may have at each hookpoint."""
-RAMPS = {"p_ramp": "p_end"}
-"""From when to when a setting of the sparsity moves, and where to."""
+RAMPS = {"p_ramp": "p_end", "k_ramp": "k_start"}
+"""From when to when a setting of the sparsity moves, and what makes it move."""
 EXACT = 1e15
 """Below it a float that is whole has all its digits, and is named by them."""
 
@@ -772,13 +772,13 @@ def resolve(path: str | Path | None, overrides: Mapping[str, object]) -> TrainCo
 def _refuse_idle_ramps(config: TrainConfig) -> None:
     """ConfigError for a ramp that is given and moves nothing in any SAE of the run."""
     sparsities = [point.config.sae.sparsity for point in points(config)]
-    for ramp, end in RAMPS.items():
+    for ramp, mover in RAMPS.items():
         having = [sparsity for sparsity in sparsities if ramp in type(sparsity).model_fields]
         given = [sparsity for sparsity in having if _is_given(sparsity, ramp)]
-        if given and not any(_is_given(sparsity, end) for sparsity in having):
-            came, at = _show(getattr(given[0], ramp)), _show(getattr(given[0], end))
+        if given and not any(_is_given(sparsity, mover) for sparsity in having):
+            came, at = _show(getattr(given[0], ramp)), _show(getattr(given[0], mover))
             raise ConfigError(
-                f"sae.sparsity.{ramp}: {came} came, but sae.sparsity.{end} ({at}) moves nothing; "
+                f"sae.sparsity.{ramp}: {came} came, but sae.sparsity.{mover} ({at}) moves nothing; "
                 "change either"
             )
 

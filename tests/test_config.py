@@ -164,6 +164,11 @@ MISTAKES = [
         "either",
     ),
     (
+        "sae: {sparsity: {kind: topk, k_ramp: [0, 0.5]}}",
+        "sae.sparsity.k_ramp: [0.0, 0.5] came, but sae.sparsity.k_start (null) moves nothing; "
+        "change either",
+    ),
+    (
         "optim: {batch: 200000}",
         "optim.batch: 200000 came, wanted at most optim.pool (131072); change either",
     ),

@@ -72,14 +72,14 @@ def test_loss_falls_and_the_log_is_complete(folder: Path, tmp_path: Path, change
     assert config.load(run / "config.yaml") == plan.config
 
 
-@pytest.mark.parametrize("k_start", [None, 1, 12])
+@pytest.mark.parametrize("k_start", [1, 4, 12])
 def test_k_goes_from_its_start_to_its_end(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, k_start: int | None
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, k_start: int
 ) -> None:
     """In the second quarter of the tokens; at d_sae 48 more features are positive than that."""
     monkeypatch.setattr(training, "LOG_EVERY_STEPS", 1)
     changes = {
-        "sae.sparsity.k_start": k_start and str(k_start),
+        "sae.sparsity.k_start": str(k_start),
         "sae.sparsity.k_ramp": ["0.25", "0.5"],
         "optim.lr": "1e-9",
         "output": str(tmp_path / "run"),
@@ -89,7 +89,7 @@ def test_k_goes_from_its_start_to_its_end(
     training.train(plan, lambda _, rows: found.append(rows["layers.1.mlp_act"]["l0"]))
     steps = TOKENS // BATCH
     expected = [
-        round((k_start or 4) + (4 - (k_start or 4)) * min(1, max(0, 4 * step / steps - 1)))
+        round(k_start + (4 - k_start) * min(1, max(0, 4 * step / steps - 1)))
         for step in range(steps)
     ]
     assert found == expected
