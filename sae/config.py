@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from operator import attrgetter
@@ -620,7 +620,7 @@ def points(config: TrainConfig) -> list[Point]:
     """Every combination, the last setting changing fastest; without a grid the config alone.
 
     Another `sae.sparsity.kind` drops the settings of the config's own kind. Raises ConfigError
-    naming every mistake.
+    naming every wrong setting, with two of its values where there are many.
     """
     if not config.grid:
         return [Point({}, config)]
@@ -639,8 +639,18 @@ def points(config: TrainConfig) -> list[Point]:
             None
         )
     if mistakes:
-        raise ConfigError("\n".join(mistakes))
+        raise ConfigError("\n".join(_three_each(mistakes)))
     return found
+
+
+def _three_each(mistakes: Iterable[str]) -> Iterator[str]:
+    """At most three lines a setting: the first two and how many more there are."""
+    by_key: dict[str, list[str]] = {}
+    for line in mistakes:
+        by_key.setdefault(line.partition(":")[0], []).append(line)
+    for key, lines in by_key.items():
+        more = len(lines) - 2
+        yield from lines if more <= 1 else (*lines[:2], f"{key}: and {more} more")
 
 
 def _with(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConfig:

@@ -253,6 +253,17 @@ sae: {d_sae: 4, sparsity: {kind: topk, k: 8, auxk: 9}}
     assert len(lines) == len(set(keys))
 
 
+def test_many_wrong_values_of_a_grid_are_three_lines_a_setting():
+    grid = {"grid.seed": ["-1", "-2", "-3"], "grid.optim.lr": [str(-i) for i in range(9)]}
+    told = [line.split(",")[0] for line in mistakes(None, grid)]
+    assert told == [
+        "grid.optim.lr: 0 came",
+        "grid.optim.lr: -1 came",
+        "grid.optim.lr: and 7 more",
+        *(f"grid.seed: {value} came" for value in (-1, -2, -3)),
+    ]
+
+
 def test_a_setting_that_is_wrong_itself_is_not_compared(write):
     (line,) = mistakes(write("optim: {batch: 200000, pool: none}"))
     assert line.startswith("optim.pool: ")
