@@ -20,7 +20,7 @@ from sae.errors import ConfigError, FormatError, RunError, suggest
 from sae.fingerprint import FINGERPRINT
 from sae.kernels import site_norms
 from sae.sparsity import Sparsity, make_sparsity
-from sae.store import MANIFEST, WEIGHTS, Run, check_files, write_atomic
+from sae.store import MANIFEST, SETTINGS, WEIGHTS, Run, check_files, write_atomic
 from sae.untrusted import read_limited
 
 FORMAT = 1
@@ -356,7 +356,7 @@ def locate(
     RunError where there is no such folder, repository, run or SAE.
     """
     if hub.is_name(str(path)):
-        wanted = [f"*{name}" for name in (WEIGHTS, CONFIG, FINGERPRINT, MANIFEST, "config.yaml")]
+        wanted = [f"*{name}" for name in (WEIGHTS, CONFIG, FINGERPRINT, MANIFEST, SETTINGS)]
         folder = hub.fetch(str(path), revision, subfolder, wanted=wanted)
     elif revision is not None:
         raise RunError(f"{path} lies on this disk and has no revisions; leave revision out")

@@ -19,7 +19,16 @@ from sae.formats.foreign import Foreign
 from sae.hooks import Hookpoint
 from sae.records import check_features
 from sae.routes import Route
-from sae.store import WEIGHTS, Run, covered_files, folder_name, sha256, staged, write_atomic
+from sae.store import (
+    SETTINGS,
+    WEIGHTS,
+    Run,
+    covered_files,
+    folder_name,
+    sha256,
+    staged,
+    write_atomic,
+)
 
 _PLACES = ("hookpoints", "inputs", "targets")
 FETCHED = ("*.safetensors", "*.json", "*.yaml", "*.npz", "*.pt")
@@ -67,7 +76,7 @@ def import_run(
     origin = {"format": name, "source": _address(said, revision), "files": _hashes(source)}
     run = Path(str(config.output))
     with staged(run, extra={"imported": origin, "notes": notes}) as folder:
-        write_atomic(folder / "config.yaml", settings.dump(config))
+        write_atomic(folder / SETTINGS, settings.dump(config))
         for route, foreign in zip(routes, found, strict=True):
             _write(folder / "saes" / folder_name(str(route)), route, foreign, config, origin)
     return Imported(run, name, notes)

@@ -14,7 +14,7 @@ from typing import Any
 import filelock
 
 from sae.errors import FormatError, RunError
-from sae.store import write_json
+from sae.store import SETTINGS, write_json
 from sae.untrusted import read_json
 
 FILE = "labels.json"
@@ -38,7 +38,7 @@ def run_of(dictionary: Path) -> Path | None:
     """The run that RUN/saes/NAME/features belongs to; None for a dictionary elsewhere."""
     parents = dictionary.absolute().parents
     is_in_run = dictionary.name == "features" and parents[1].name == "saes"
-    return parents[2] if is_in_run and (parents[2] / "config.yaml").is_file() else None
+    return parents[2] if is_in_run and (parents[2] / SETTINGS).is_file() else None
 
 
 def read(run: Path, sae_sha256: str) -> dict[int, Label]:

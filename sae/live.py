@@ -133,8 +133,8 @@ class LiveProbe:
 
 def open_probe(run: Path, sae: str, device: str = "auto") -> LiveProbe:
     """Load the model of a run and one of its SAEs; raises ModelError and RunError."""
-    folder = Run(run).sae(sae)
-    config = settings.load(run / "config.yaml")
+    opened = Run(run)
+    folder, config = opened.sae(sae), settings.load(opened.config_path)
     lm = language_model.load(config.model, pick_device(device))
     loaded = SparseAutoencoder.from_pretrained(folder, device=lm.model.device)
     origin = read_metadata(folder)

@@ -10,7 +10,7 @@ from sae.checkpoint import Checkpoint
 from sae.config import TrainConfig
 from sae.errors import ConfigError, RunError
 from sae.planning import Plan, environment
-from sae.store import MANIFEST, read_manifest
+from sae.store import MANIFEST, SETTINGS, read_manifest
 
 COMPLETE, TEXT_ENDED = "complete", "text ended"
 """How a run ends of itself."""
@@ -42,7 +42,7 @@ def is_complete(run: Path) -> bool:
 
 def check_complete(run: Path, chosen: TrainConfig) -> None:
     """ConfigError where a run that is complete was trained with other settings."""
-    lines = list(_differences(config.load(run / "config.yaml"), chosen))
+    lines = list(_differences(config.load(run / SETTINGS), chosen))
     if lines:
         raise ConfigError("\n".join([*lines, f"{run} is complete; --init-from trains it further"]))
 

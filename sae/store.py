@@ -27,6 +27,7 @@ FORMAT = 2
 """1 had no seal."""
 MANIFEST = "manifest.json"
 WEIGHTS = "sae.safetensors"
+SETTINGS = "config.yaml"
 LOCK = ".lock"
 OWN_KEYS = frozenset({"format", "versions", "files", "seal"})
 """What every manifest says; the rest tells where the folder came from."""
@@ -302,13 +303,13 @@ class Run:
             raise RunError(f"{path} is not a run: no such folder; runs live under checkpoints/")
         if not self.config_path.is_file():
             raise RunError(
-                f"{path} is not a run: it has no config.yaml; runs live under checkpoints/"
+                f"{path} is not a run: it has no {SETTINGS}; runs live under checkpoints/"
             )
 
     @property
     def config_path(self) -> Path:
         """The resolved settings."""
-        return self.path / "config.yaml"
+        return self.path / SETTINGS
 
     def saes(self) -> dict[str, Path]:
         """The folder of every SAE of the run, by name."""

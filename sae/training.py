@@ -336,7 +336,7 @@ def _prepare(plan: Plan, *, anew: bool) -> None:
         if (plan.output / "saes").exists() or checkpoint.newest(plan.output):
             raise RunError(f"output: {plan.output} holds a run already; give another folder")
         checkpoint.remove(plan.output)  # what a crash in the first save has left
-        write_atomic(plan.output / "config.yaml", settings.dump(plan.config))
+        write_atomic(plan.output / store.SETTINGS, settings.dump(plan.config))
     (plan.output / store.MANIFEST).unlink(missing_ok=True)
 
 

@@ -74,8 +74,8 @@ def _settings(run: Run) -> Finding:
     try:
         config.load(run.config_path)
     except SAEError as error:
-        return Finding("config.yaml", "", [_about(run.config_path, error)])
-    return Finding("config.yaml", "every setting is known and in its range", [])
+        return Finding(store.SETTINGS, "", [_about(run.config_path, error)])
+    return Finding(store.SETTINGS, "every setting is known and in its range", [])
 
 
 def _hashes(run: Run, folder: Path, others: list[Path]) -> Finding:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sae.errors import FormatError, RunError
-from sae.store import Run, folder_name
+from sae.store import SETTINGS, Run, folder_name
 from sae.untrusted import read_json
 
 POINTS = 600
@@ -30,7 +30,7 @@ def history(run: Path, sae_folder: Path | None) -> dict[str, Any]:
         "seconds": _number(own[-1].get("seconds")) if own else None,
         "events": list(_lines(run / "events.jsonl"))[-EVENTS:],
         "evaluation": _evaluation(sae_folder) if sae_folder else None,
-        "config": _text(run / "config.yaml"),
+        "config": _text(run / SETTINGS),
     }
 
 

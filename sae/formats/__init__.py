@@ -103,7 +103,9 @@ def recognised(source: Path) -> str | None:
 
 def _whereabouts(source: Path) -> str:
     """Where what was meant lies, if it is a run's folder or a file of an export that came."""
-    if (source / "config.yaml").is_file() and (source / "saes").is_dir():
+    from sae.store import SETTINGS
+
+    if (source / SETTINGS).is_file() and (source / "saes").is_dir():
         return (
             f";\n{source} is a run already: give it to sae evaluate, or one of its saes/ to import"
         )

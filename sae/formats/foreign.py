@@ -26,6 +26,7 @@ from sae.routes import Route
 from sae.sparsity import Sparsity, make_sparsity, settings_of
 from sae.store import (
     MANIFEST,
+    SETTINGS,
     WEIGHTS,
     read_manifest,
     sha256,
@@ -156,7 +157,7 @@ def settings_of_run(sae_folder: Path, features: list[int] | None = None) -> dict
 def _run_config(sae_folder: Path) -> TrainConfig | None:
     """The settings of the run that an SAE lies in; None where it lies in none."""
     try:
-        return config.load(sae_folder.parents[1] / "config.yaml")
+        return config.load(sae_folder.parents[1] / SETTINGS)
     except (ConfigError, IndexError):
         return None
 
@@ -184,7 +185,7 @@ def model_of(sae_folder: Path, name: str, point: Hookpoint, width: int) -> Langu
     if (own := hooks.width(lm.model, point)) != width:
         raise ModelError(
             f"{lm.name} has width {own} at {point}, the SAE {width}; "
-            "give the model in the run's config.yaml"
+            f"give the model in the run's {SETTINGS}"
         )
     return lm
 
