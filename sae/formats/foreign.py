@@ -51,7 +51,6 @@ _OWN = (
     ),
     "prefixes",
 )
-_MAPS_IN_SAELENS = ("relu_l1", "batchtopk", "jumprelu")
 
 Notes = list[str]
 
@@ -257,16 +256,21 @@ def check_kind(name: str, foreign: Foreign, kinds: Iterable[str]) -> None:
 def instead_of(foreign: Foreign) -> str:
     """What to do where a format lacks it: take the tool that holds it, else our own format.
 
-    SAELens has every sparsity, of maps all that have thresholds and do not subtract b_dec;
-    sparsify has topk, and of maps a module's input to its output.
+    Of maps sparsify has topk from a module's input to its output.
     """
     sae = foreign.sae
     if foreign.is_several:
         return "use --format safetensors"
-    if not foreign.is_map or (foreign.kind in _MAPS_IN_SAELENS and not sae.subtract_b_dec):
+    if saelens_holds(foreign):
         return "use --format saelens"
     is_topk = foreign.kind == "topk" and sae.d_in == sae.d_out
     return f"use --format {'sparsify' if is_topk and module_of(foreign) else 'safetensors'}"
+
+
+def saelens_holds(foreign: Foreign) -> bool:
+    """Every autoencoder; of maps ReLU and those with thresholds, b_dec not subtracted."""
+    known = foreign.kind in ("relu_l1", "batchtopk", "jumprelu") and not foreign.sae.subtract_b_dec
+    return known or not foreign.is_map
 
 
 def module_of(foreign: Foreign) -> str | None:

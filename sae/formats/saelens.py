@@ -92,11 +92,10 @@ def _architecture_of(own: Foreign) -> str:
     plain = ARCHITECTURES[own.kind]
     if not foreign.check_map("saelens", own):
         return plain
-    names = TRANSCODERS if own.sae.W_skip is None else SKIP_TRANSCODERS
-    if plain not in names or own.sae.subtract_b_dec:
+    if not foreign.saelens_holds(own):
         what = f"a {own.kind} map" + (" that subtracts b_dec" if own.sae.subtract_b_dec else "")
         raise foreign.refuse("saelens", what, foreign.instead_of(own))
-    return names[plain]
+    return (TRANSCODERS if own.sae.W_skip is None else SKIP_TRANSCODERS)[plain]
 
 
 def _metadata(own: Foreign) -> tuple[dict[str, Any], Notes]:
