@@ -181,7 +181,7 @@ def arguments() -> argparse.Namespace:
     peers.add_arguments(parser)
     add = parser.add_argument
     add("--samples", type=int, default=1 << 19, help=f"budget, in whole {SHARD}s")
-    add("--out", type=Path, default=Path("compare_planted.json"))
+    add("--out", type=Path, default=Path("checkpoints/compare_planted.json"))
     args = parser.parse_args()
     args.samples = args.samples // SHARD * SHARD
     return args

@@ -376,7 +376,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     peers.add_arguments(parser)
     add = parser.add_argument
-    add("--out", type=Path, default=Path("compare_saelens.json"), help="results, kept and reused")
+    add("--out", type=Path, default=Path("checkpoints/compare_saelens.json"), help="kept, reused")
     add("--factors-ours", type=float, nargs="+", default=[0.5, 1, 2], help="of our default rate")
     add("--packages", nargs="+", default=["sae-lens", "eai-sparsify"], help="to compare with")
     add("--model", default="builtin:", help="language model")

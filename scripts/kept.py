@@ -16,6 +16,7 @@ class Kept:
     """
 
     def __init__(self, path: Path, about: dict[str, Any]):
+        path.parent.mkdir(parents=True, exist_ok=True)  # now, not after the first computation
         self.path = path
         empty = {"about": about, "results": {}}
         self._data = json.loads(path.read_text()) if path.exists() else empty

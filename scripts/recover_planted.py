@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES))
     parser.add_argument("--variants", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, default=Path("recover_planted.json"))
+    parser.add_argument("--out", type=Path, default=Path("checkpoints/recover_planted.json"))
     parser.add_argument("--threads", type=int, help="of PyTorch; default: all cores")
     args = parser.parse_args()
     if args.threads:
