@@ -355,6 +355,18 @@ def locate(
     What is no folder but looks like the name of a repository is fetched from the Hub. Raises
     RunError where there is no such folder, repository, run or SAE.
     """
+    folder = _fetched(path, revision, subfolder)
+    return Run(folder).sae(sae) if (folder / "saes").is_dir() else folder
+
+
+def locate_all(path: str | Path) -> list[Path]:
+    """The folders that `locate` chooses from; raises what it raises."""
+    folder = _fetched(path, None, None)
+    return Run(folder).chosen(None) if (folder / "saes").is_dir() else [folder]
+
+
+def _fetched(path: str | Path, revision: str | None, subfolder: str | None) -> Path:
+    """The folder of a run or an SAE, of the Hub in its cache."""
     if hub.is_name(str(path)):
         wanted = [f"*{name}" for name in (WEIGHTS, CONFIG, FINGERPRINT, MANIFEST, SETTINGS)]
         folder = hub.fetch(str(path), revision, subfolder, wanted=wanted)
@@ -364,9 +376,7 @@ def locate(
         folder = Path(path) / (subfolder or "")
     if not folder.is_dir():
         raise RunError(f"{folder}: no such folder; give an SAE's folder or a run's")
-    if (folder / "saes").is_dir():
-        return Run(folder).sae(sae)
-    if not any((folder / name).exists() for name in (WEIGHTS, CONFIG)):
+    if not any((folder / name).exists() for name in ("saes", WEIGHTS, CONFIG)):
         raise FormatError(
             f"{folder} holds no SAE: expected {WEIGHTS} and {CONFIG}, or a run with saes/"
         )

@@ -6,6 +6,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 
 from sae import checkpoint, language_model, steps
 from sae.activations import read
-from sae.autoencoder import SparseAutoencoder, locate, read_config
+from sae.autoencoder import SparseAutoencoder, locate, locate_all, read_config
 from sae.config import TrainConfig, points, run_name
 from sae.data import TokenBatch, TokenSource, open_source
 from sae.errors import ConfigError, DataError, RunError, SAEError
@@ -55,6 +56,13 @@ class Member:
     route: Route
     config: TrainConfig
     settings: dict[str, Any]
+    d_in: int
+    d_out: int
+
+    @property
+    def d_sae(self) -> int:
+        """Its number of features."""
+        return self.config.sae.width(self.d_in)
 
 
 @dataclass(frozen=True)
@@ -77,21 +85,15 @@ class Plan(Inputs):
         """All that are read, each once."""
         return list(self.widths)
 
-    def shape(self, member: Member) -> tuple[int, int, int]:
-        """d_in, d_sae and d_out of an SAE."""
-        sides = (member.route.inputs, member.route.targets)
-        d_in, d_out = (sum(self.widths[point] for point in side) for side in sides)
-        return d_in, member.config.sae.width(d_in), d_out
-
     def lines(self) -> Iterator[tuple[str, str]]:
         """Pairs of what and how much, for the table shown before the start."""
         config, available = self.config, self.source.tokens_available
         yield "model", f"{self.lm.name} on {self.device}, {str(self.dtype).removeprefix('torch.')}"
         yield "text", f"{self.source.name}, fingerprint {self.source.fingerprint}"
         for name, member in self.members.items():
-            d_in, d_sae, d_out = self.shape(member)
-            to = f" → {d_out}" if member.route.is_map else ""
-            yield "SAE", f"{name}: {d_in} → {d_sae:,} features{to}, {_recipe(member.config)}"
+            to = f" → {member.d_out}" if member.route.is_map else ""
+            size = f"{member.d_in} → {member.d_sae:,} features{to}"
+            yield "SAE", f"{name}: {size}, {_recipe(member.config)}"
         have = "unknown (a stream)" if available is None else f"{available:,}"
         yield "tokens", f"{config.tokens:,} needed, {have} in one pass of the training text"
         if available is not None and config.tokens > available:
@@ -130,10 +132,11 @@ class Plan(Inputs):
 
     def sae_bytes(self) -> int:
         """fp32 weights of every SAE."""
-        shapes = ((*self.shape(each), each.config.sae.skip) for each in self.members.values())
         return 4 * sum(
-            d_sae * (d_in + d_out + 1) + d_out + (d_in * d_out if skip else 0)
-            for d_in, d_sae, d_out, skip in shapes
+            each.d_sae * (each.d_in + each.d_out + 1)
+            + each.d_out
+            + (each.d_in * each.d_out if each.config.sae.skip else 0)
+            for each in self.members.values()
         )
 
     def seconds_per_token(self) -> float:
@@ -166,10 +169,14 @@ def plan(config: TrainConfig, *, resuming: bool = False) -> Plan:
     if not resuming:
         _refuse_output(output)
     _check_pool(config)
+    _check_starts(config)
     device = pick_device(config.device)
     lm = open_model(config, device)
-    members = _members(_routes(lm, config), config)
-    hookpoints = list(dict.fromkeys(p for each in members.values() for p in each.route.points))
+    routes = _routes(lm, config)
+    widths = {point: width(lm.model, point) for route in routes for point in route.points}
+    members = _members(routes, config, widths)
+    for name, member in members.items():
+        _check_member(name, member, lm)
     _check_predicts(config, lm)
     source = open_source(config.data, lm.tokenizer, config.seed)
     _check_amount(config, source)
@@ -181,11 +188,10 @@ def plan(config: TrainConfig, *, resuming: bool = False) -> Plan:
         config=config,
         dtype=dtype,
         members=members,
-        widths={point: width(lm.model, point) for point in hookpoints},
-        kept_as=_types(lm, hookpoints, dtype),
+        widths=widths,
+        kept_as=_types(lm, list(widths), dtype),
         output=output,
     )
-    _check_saes(made)
     _check_room(made)
     return made
 
@@ -198,13 +204,17 @@ def _routes(lm: LanguageModel, config: TrainConfig) -> list[Route]:
     return [Route(inputs, targets)]
 
 
-def _members(routes: list[Route], config: TrainConfig) -> dict[str, Member]:
+def _members(
+    routes: list[Route], config: TrainConfig, widths: dict[Hookpoint, int]
+) -> dict[str, Member]:
     """Each point of the grid at each place; ConfigError where a name is too long for a folder."""
-    found = {
-        f"{route}{point.suffix}": Member(route, point.config, point.settings)
-        for route in routes
-        for point in points(config)
-    }
+    found = {}
+    for route in routes:
+        sides = (route.inputs, route.targets)
+        d_in, d_out = (sum(widths[point] for point in side) for side in sides)
+        for point in points(config):
+            own = Member(route, point.config, point.settings, d_in, d_out)
+            found[f"{route}{point.suffix}"] = own
     if config.grid and len(longest := max(map(folder_name, found), key=len)) > LONGEST_NAME:
         raise ConfigError(
             f"grid: an SAE would be named {longest[:60]}…, {len(longest)} characters, wanted at "
@@ -270,11 +280,10 @@ def _step_seconds(plan: Plan, name: str) -> float:
     """Time of one training step of an SAE as sparse as a trained one."""
     member = plan.members[name]
     config, route = member.config, member.route
-    d_in, d_sae, d_out = plan.shape(member)
-    shape = d_in, d_sae, sparsity_of(config), d_out, not route.is_map
+    shape = member.d_in, member.d_sae, sparsity_of(config), member.d_out, not route.is_map
     sae = SparseAutoencoder(*shape, skip=config.sae.skip, device=plan.device)
-    x = torch.randn(config.optim.batch, d_in, device=plan.device)
-    y = torch.randn(config.optim.batch, d_out, device=plan.device) if route.is_map else x
+    x = torch.randn(config.optim.batch, member.d_in, device=plan.device)
+    y = torch.randn(config.optim.batch, member.d_out, device=plan.device) if route.is_map else x
     with torch.no_grad():
         pre = sae.pre(x[:64]).flatten()
         active = min(len(x[:64]) * TYPICAL_L0, len(pre))
@@ -429,59 +438,92 @@ def _check_predicts(config: TrainConfig, lm: LanguageModel) -> None:
         )
 
 
-def _check_saes(plan: Plan) -> None:
-    """The sparsity fits the widths, and the weights to start from fit the run."""
-    for name, member in plan.members.items():
-        _, d_sae, _ = plan.shape(member)
-        config, sparsity = member.config, member.config.sae.sparsity
-        for key in ("k", "k_start", "target_l0"):
-            if (amount := getattr(sparsity, key, None) or 0) > d_sae:
-                raise ConfigError(
-                    f"sae.sparsity.{key}: {amount:g} came, wanted at most the {d_sae} features of "
-                    f"{name}"
-                )
-        if config.sae.skip and not member.route.is_map:
+def _check_member(name: str, member: Member, lm: LanguageModel) -> None:
+    """The sparsity fits the width, and so do the weights to start from."""
+    config, sparsity = member.config, member.config.sae.sparsity
+    for key in ("k", "k_start", "target_l0"):
+        if (amount := getattr(sparsity, key, None) or 0) > member.d_sae:
             raise ConfigError(
-                f"sae.skip: true came, but {name} is rebuilt from itself; give inputs and targets "
-                "that differ, or leave it out"
+                f"sae.sparsity.{key}: {amount:g} came, wanted at most the {member.d_sae} features "
+                f"of {name}"
             )
-        if config.init_from is not None:
-            _check_start(plan, name, member)
+    if config.sae.skip and not member.route.is_map:
+        raise ConfigError(
+            f"sae.skip: true came, but {name} is rebuilt from itself; give inputs and targets "
+            "that differ, or leave it out"
+        )
+    if config.init_from is not None:
+        _check_start(config.init_from, name, member, lm)
 
 
-def _check_start(plan: Plan, name: str, member: Member) -> None:
-    """SAEError where `init_from` holds an SAE of another kind, size or place, or a damaged one."""
-    config, route = member.config, member.route
-    d_in, d_sae, d_out = plan.shape(member)
-    try:
-        folder = locate(config.init_from or "", name)
+def _check_starts(config: TrainConfig) -> None:
+    """SAEError where no SAE at `init_from` is of the kind and size that one of the run has.
+
+    That is known before the model is loaded; `_check_start` knows the rest.
+    """
+    if config.init_from is None:
+        return
+    with _about_the_start():
+        there = {folder: _traits(read_config(folder)) for folder in locate_all(config.init_from)}
+    for point in points(config):
+        wanted = _wanted_traits(point.config)
+        unlike = [_unlike(folder, traits, wanted) for folder, traits in there.items()]
+        if all(unlike):
+            raise ConfigError(unlike[0])
+
+
+def _check_start(start: str, name: str, member: Member, lm: LanguageModel) -> None:
+    """SAEError where `start` holds an SAE of another kind, size or place, or a damaged one."""
+    sae, route = member.config.sae, member.route
+    with _about_the_start():
+        folder = locate(start, name)
         old = read_config(folder)
         SparseAutoencoder.from_pretrained(folder)  # now, while nothing is written yet
+    _check_origin(lm, str(route), folder, old.get("metadata") or {})
+    wanted = _wanted_traits(member.config) | {
+        "d_in": member.d_in,
+        "d_sae": member.d_sae,
+        "d_out": member.d_out,
+        "subtract_b_dec": sae.subtract_b_dec and not route.is_map,
+    }
+    if unlike := _unlike(folder, _traits(old), wanted):
+        raise ConfigError(unlike)
+
+
+@contextmanager
+def _about_the_start() -> Iterator[None]:
+    """Name the setting in what is raised."""
+    try:
+        yield
     except SAEError as error:
         raise type(error)(f"init_from: {error}") from None
-    pairs = {
-        "d_in": (old["d_in"], d_in),
-        "d_sae": (old["d_sae"], d_sae),
-        "d_out": (old["d_out"], d_out),
-        "skip": (old.get("skip", False), config.sae.skip),
-        "subtract_b_dec": (
-            old["subtract_b_dec"],
-            config.sae.subtract_b_dec and not route.is_map,
-        ),
-        "sparsity.kind": (old["sparsity"]["kind"], config.sae.sparsity.kind),
-    }
-    _check_origin(plan, str(route), folder, old.get("metadata") or {})
-    wrong = [f"{key} {came}, not {new}" for key, (came, new) in pairs.items() if came != new]
-    if wrong:
-        raise ConfigError(f"init_from: {folder} has {', '.join(wrong)}; make sae.* the same")
 
 
-def _check_origin(plan: Plan, place: str, folder: Path, metadata: dict[str, Any]) -> None:
+def _traits(old: dict[str, Any]) -> dict[str, Any]:
+    """What of an SAE's cfg.yaml must be as in the run that starts from it."""
+    plain = {key: old[key] for key in ("d_in", "d_sae", "d_out", "subtract_b_dec")}
+    return plain | {"skip": old.get("skip", False), "sparsity.kind": old["sparsity"]["kind"]}
+
+
+def _wanted_traits(config: TrainConfig) -> dict[str, Any]:
+    """Those of an SAE of the run that are known without the model."""
+    sae = config.sae
+    known = {"skip": sae.skip, "sparsity.kind": sae.sparsity.kind}
+    known |= {} if sae.d_sae is None else {"d_sae": sae.d_sae}
+    return known | ({"subtract_b_dec": sae.subtract_b_dec} if config.hookpoints else {})
+
+
+def _unlike(folder: Path, traits: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """How an SAE is not as wanted, in words; "" where it is."""
+    wrong = [f"{key} {traits[key]}, not {v}" for key, v in wanted.items() if traits[key] != v]
+    return f"init_from: {folder} has {', '.join(wrong)}; make sae.* the same" if wrong else ""
+
+
+def _check_origin(lm: LanguageModel, place: str, folder: Path, metadata: dict[str, Any]) -> None:
     """ConfigError where an SAE says that it is of another model or hookpoint.
 
     A model may have moved: it is the same where its revision is.
     """
-    lm = plan.lm
     model, revision = metadata.get("model", lm.name), metadata.get("revision")
     moved = revision is not None and revision == lm.revision
     if model != lm.name and not moved:
@@ -495,7 +537,7 @@ def _check_room(plan: Plan) -> None:
     needed, there = plan.memory_bytes(), _memory(plan.device)
     if there is not None and needed > there:
         widths, pool = plan.widths.values(), plan.config.optim.pool
-        most = max(d_sae for _, d_sae, _ in map(plan.shape, plan.members.values()))
+        most = max(member.d_sae for member in plan.members.values())
         largest = f"sae.d_sae: {most:,} features"
         if plan.pool_bytes() > ADAM_COPIES * plan.sae_bytes():
             largest = f"optim.pool: {pool:,} tokens of {sum(widths):,} activations"

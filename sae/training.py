@@ -166,7 +166,7 @@ class Training:
                 for name, each in members.items()
             }
         by_data = [name for name, each in members.items() if each.config.sae.init == "data"]
-        most = max((plan.shape(members[name])[1] for name in by_data), default=0)
+        most = max((members[name].d_sae for name in by_data), default=0)
         peeked = self._peek(min(most, len(self.stream)))
         tokens = {name: peeked[name] for name in by_data}
         return {

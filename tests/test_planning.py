@@ -10,8 +10,9 @@ from tiny import BATCH, CONTEXT, MAPS, RELU, TOKENS, planned, save
 from sae import planning
 from sae.activations import read
 from sae.autoencoder import SparseAutoencoder
-from sae.errors import ConfigError, DataError, HookpointError, RunError
+from sae.errors import ConfigError, DataError, HookpointError, RunError, SAEError
 from sae.sparsity import ReluL1, TopK
+from sae.store import write_manifest
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +202,34 @@ def test_weights_to_start_from_must_be_of_the_same_kind_and_size(
         planned(folder, {"init_from": str(tmp_path / "other")})
     for words in ("d_sae 40, not 48", "subtract_b_dec False, not True", "relu_l1, not topk"):
         assert words in str(caught.value)
+
+
+def test_weights_to_start_from_are_refused_before_anything_slow(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the model is loaded where that tells nothing, before the text is read where it does.
+
+    Of a run with several SAEs one that fits is enough until it is known which are wanted.
+    """
+    run = tmp_path / "run"
+    for name, d_in, d_sae in (("layers.0.mlp_act", 24, 48), ("layers.1.mlp_act", 24, 40)):
+        SparseAutoencoder(d_in, d_sae, TopK(4)).save_pretrained(run / "saes" / name)
+        write_manifest(run / "saes" / name, {"hookpoint": name})
+    (run / "config.yaml").write_text("")
+    SparseAutoencoder(16, 48, TopK(4)).save_pretrained(tmp_path / "narrow")
+    (tmp_path / "empty").mkdir()
+
+    def refused(slow: str, start: Path, **changes: str) -> str:
+        with monkeypatch.context() as patch, pytest.raises(SAEError) as caught:
+            patch.setattr(planning, slow, lambda *_: pytest.fail(f"{slow} is too late"))
+            planned(folder, changes | {"init_from": str(start)})
+        return str(caught.value)
+
+    for start, words in (("gone", "no such folder"), ("empty", "holds no SAE")):
+        assert words in refused("open_model", tmp_path / start)
+    assert "mlp_act has d_sae 48, not 24; make" in refused("open_model", run, **{"sae.d_sae": "24"})
+    assert "layers.1.mlp_act has d_sae 40, not 48" in refused("open_source", run)
+    assert "narrow has d_in 16, not 24, d_out 16" in refused("open_source", tmp_path / "narrow")
 
 
 def test_weights_to_start_from_must_be_of_the_same_place(folder: Path, tmp_path: Path) -> None:
