@@ -29,6 +29,7 @@ from sae.store import (
     staged,
     write_atomic,
 )
+from sae.text import counted
 
 _PLACES = ("hookpoints", "inputs", "targets")
 FETCHED = ("*.safetensors", "*.json", "*.yaml", "*.npz", "*.pt")
@@ -97,9 +98,9 @@ def import_labels(run: str | Path, source: str | Path, sae: str | None = None) -
     makers = sorted({label.by for label in found.labels.values()})
     more = f" and {len(makers) - 3:,} more" if len(makers) > 3 else ""
     by = ", ".join(makers[:3]) + more
-    said = f"{len(found.labels) - len(kept):,} labels of {found.source} by {by}"
-    persons = [f"{len(kept):,} features keep the label that a person gave"] * bool(kept)
-    return [said, *persons, *found.notes]
+    said = f"{counted(len(found.labels) - len(kept), 'label')} of {found.source} by {by}"
+    stays = f"the label that a person gave stays at {counted(len(kept), 'feature')}"
+    return [said, *[stays] * bool(kept), *found.notes]
 
 
 def _found(source: str, revision: str | None) -> Path:

@@ -27,7 +27,7 @@ from sae.records import (
     TokenValue,
 )
 from sae.store import read_manifest
-from sae.text import visible
+from sae.text import counted, visible
 
 if TYPE_CHECKING:  # it needs torch, which tables of features do without
     from sae.evaluation import Estimate, Evaluation
@@ -126,7 +126,7 @@ def evaluation_table(evaluation: "Evaluation", name: str | None = None) -> Rende
         table.add_row(*alone)
     for neurons in e.baseline:
         numbers = _estimate(neurons.fvu), f"{neurons.k}", _estimate(neurons.ce_recovered_mean)
-        table.add_row(f"{neurons.k} neurons", *numbers)
+        table.add_row(counted(neurons.k, "neuron"), *numbers)
     if e.neurons_l0 is not None:
         table.add_row("all neurons", "", _estimate(e.neurons_l0, 1))
     to = f" → {e.d_out}" if e.d_out != e.d_in else ""
@@ -237,7 +237,7 @@ def _statistics(record: FeatureRecord) -> Table:
     """The numbers of a feature; those that do not exist are left out."""
     values = {
         "density": f"{_percent(record.density)} of tokens",
-        "fires on": f"{record.n_fired} tokens",
+        "fires on": counted(record.n_fired, "token"),
         "max": _number(record.max),
         "mean when firing": None if record.mean is None else _number(record.mean),
         "neurons": None

@@ -1,4 +1,4 @@
-"""Token ids to text one may show: pieces of byte-level tokens, and escaping for terminals."""
+"""What one may show: pieces of byte-level tokens, escaping for terminals, numbers of things."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -30,6 +30,11 @@ def _escape(character: str) -> str:
     if code < 0x100:
         return f"\\x{code:02x}"
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def counted(n: int, thing: str) -> str:
+    """1 label, 2,048 labels."""
+    return f"{n:,} {thing}{'' if n == 1 else 's'}"
 
 
 class TokenPieces:

@@ -12,6 +12,7 @@ from sae import config, labels, store
 from sae.errors import SAEError
 from sae.records import FeatureDictionary
 from sae.store import Run
+from sae.text import counted
 from sae.untrusted import read_json
 
 
@@ -85,8 +86,8 @@ def _hashes(run: Run, folder: Path, others: list[Path]) -> Finding:
     problems = [line for line in store.verify(folder) if not line.startswith((*inner, given))]
     if folder == run.path:
         problems += _labels(folder)
-    n = 0 if problems else len(store.read_manifest(folder)["files"])
-    return Finding(_name(run, folder), f"{n} files of the expected size and SHA-256", problems)
+    files = counted(0 if problems else len(store.read_manifest(folder)["files"]), "file")
+    return Finding(_name(run, folder), f"{files} of the expected size and SHA-256", problems)
 
 
 def _labels(run: Path) -> list[str]:

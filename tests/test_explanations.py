@@ -75,7 +75,12 @@ def test_the_first_of_a_feature_and_a_person_go_before(run: Path, tmp_path: Path
     found = of(run)
     assert found[3] == Label("mine") and found[4].text == "cats"
     assert len(found[5].text) == LONGEST and found[5].text.endswith("…")
-    assert len(said) == 4
+    assert said == [
+        f"2 labels of tiny/1-res-jb by {MACHINE}",
+        "the label that a person gave stays at 1 feature",
+        "1 explanation left out: of features that have one",
+        f"1 explanation cut at {LONGEST} characters",
+    ]
 
 
 def test_no_file_may_call_itself_a_person(run: Path, tmp_path: Path) -> None:
@@ -88,7 +93,7 @@ def test_no_file_may_call_itself_a_person(run: Path, tmp_path: Path) -> None:
 def test_only_what_was_cut_and_is_kept_counts_as_cut(run: Path, tmp_path: Path) -> None:
     long = "so " * LONGEST
     file = packed(tmp_path / "a.jsonl.gz", row(3, "and so on …"), row(3, long), row(4, long))
-    assert any("1 are longer than" in line for line in import_labels(run, file))
+    assert any("1 explanation cut" in line for line in import_labels(run, file))
 
 
 def test_of_many_makers_a_few_are_told(run: Path, tmp_path: Path) -> None:

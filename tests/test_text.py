@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from planted import byte_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from sae.text import TokenPieces, visible
+from sae.text import TokenPieces, counted, visible
 
 TOKENIZER = byte_tokenizer()
 PIECES = TokenPieces(TOKENIZER)
@@ -126,3 +126,7 @@ def test_visible_text_is_printable_and_on_one_line(text: str) -> None:
 )
 def test_what_could_harm_a_terminal_is_spelt_out(text: str, shown: str) -> None:
     assert visible(text) == shown
+
+
+def test_one_is_not_several() -> None:
+    assert [counted(n, "label") for n in (0, 1, 2048)] == ["0 labels", "1 label", "2,048 labels"]

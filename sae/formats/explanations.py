@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from sae.errors import FormatError
 from sae.labels import LONGEST, PERSON, Label
+from sae.text import counted
 from sae.untrusted import parse_json, read_json
 
 LINE = 1 << 20
@@ -50,8 +51,8 @@ def read(source: Path) -> Explanations:
         labels.setdefault(feature, label)
     if not labels:
         raise FormatError(f"{source} holds no explanations; give batch-N.jsonl.gz, or their folder")
-    notes = [f"{again:,} more explanations of the same features are left out"] * bool(again)
-    notes += [f"{cut:,} are longer than {LONGEST} characters and cut"] * bool(cut)
+    notes = [f"{counted(again, 'explanation')} left out: of features that have one"] * bool(again)
+    notes += [f"{counted(cut, 'explanation')} cut at {LONGEST} characters"] * bool(cut)
     return Explanations(labels, next(iter(sources)), notes)
 
 
