@@ -218,15 +218,16 @@ class Training:
         return found
 
     def _sequences(self) -> Batches | None:
-        """The next rows of text, whole, of about a batch of tokens."""
+        """The next rows of text, whole, of about a batch of tokens; rows that keep none pass by."""
         plan, optim = self.plan, self.plan.config.optim
-        rows = self.stream.rows(max(1, optim.batch // plan.config.data.context))
-        if rows is None:
-            return None
-        read = finetuning.Sequences.read(
-            plan.lm.model, plan.hookpoints, rows, plan.dtype, self._spliced, optim.max_norm
-        )
-        return {name: read.batch(each.route) for name, each in plan.members.items()}
+        wanted = max(1, optim.batch // plan.config.data.context)
+        while (rows := self.stream.rows(wanted)) is not None:
+            read = finetuning.Sequences.read(
+                plan.lm.model, plan.hookpoints, rows, plan.dtype, self._spliced, optim.max_norm
+            )
+            if read.rows.kept.any():
+                return {name: read.batch(each.route) for name, each in plan.members.items()}
+        return None
 
     def gradients(self, batches: Batches) -> dict[str, StepStats]:
         """What each learner measures; its weights stay as they are."""

@@ -2,6 +2,7 @@
 reconstruction in place, the model stays as it is, and its predictions come back."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,21 @@ def test_predictions_come_back_and_the_model_stays(
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [("kl" in row) for row in rows] == [row["tokens"] > 2048 for row in rows]
     assert all(row["l0"] <= 4 for row in rows) and rows[-1]["tokens"] >= 4096
+
+
+def test_rows_of_special_tokens_alone_pass_by(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have no loss: 0/0 was skipped as a step that is not finite."""
+    made = training.Training(planned(folder, FINETUNED | {"tokens": "4096"}))
+    made.tokens = 2048
+    rows = made.stream.rows(2)
+    assert rows is not None
+    given = iter([replace(rows, kept=torch.zeros_like(rows.kept)), rows, None])
+    monkeypatch.setattr(made.stream, "rows", lambda n: next(given))
+    (batch,) = (made.draw(lambda: False) or {}).values()
+    assert len(batch.x) == int(rows.kept.sum()) > 0
+    assert made.draw(lambda: False) is None and made.ended() == "text ended"
 
 
 def test_all_saes_of_a_run_are_tuned_each_alone(folder: Path, tmp_path: Path) -> None:
