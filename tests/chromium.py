@@ -7,7 +7,6 @@ import functools
 import importlib
 import os
 import shutil
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -86,8 +85,9 @@ def served(app_of: Any) -> Iterator[str]:
     """`app_of(port)` under uvicorn in a thread; yields its address."""
     import uvicorn
 
-    listening = socket.socket()
-    listening.bind(("127.0.0.1", 0))
+    from sae.browser.server import open_socket
+
+    listening = open_socket(0)
     port = listening.getsockname()[1]
     config = uvicorn.Config(app_of(port), log_level="error", lifespan="off", ws="none")
     server = uvicorn.Server(config)
