@@ -4,6 +4,7 @@ A mistake costs at most three lines and exit code 2, names what was wrong, what 
 and leaves every file as it was.
 """
 
+import io
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -70,9 +72,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     (folder / "typo.yaml").write_text("optim:\n  lrr: 1e-3\nsede: 1\n")
     (folder / "broken.yaml").write_text("optim: [1\n")
     write_broken_things(folder)
-    done = python("-m", "sae.cli", "train", *flags(folder, seed="7"))
-    assert done.returncode == 0, done.stderr
-    return Place(folder, done.stdout)
+    with redirect_stdout(io.StringIO()) as said:
+        assert cli.main(["train", *flags(folder, seed="7")]) == 0
+    return Place(folder, said.getvalue())
 
 
 def write_broken_things(folder: Path) -> None:
@@ -504,13 +506,15 @@ def test_next_commands_of_several_saes_run_as_they_are(
 
 
 def test_files_are_the_same_in_a_locale_without_utf8(scanned: Place, tmp_path: Path) -> None:
-    """Every verb in the C locale, over texts, labels and settings in UTF-8."""
+    """Every verb in the C locale, over texts, labels and settings in UTF-8; and, there and in this
+    process, one config trains the same weights."""
     program = """
 import sys, locale
 from sae import cli
 assert locale.getencoding() != "utf-8" and sys.flags.utf8_mode == 0
-_, texts, run, out, config, *options = sys.argv
+_, texts, run, out, config, ours, again, *options = sys.argv
 for args in (
+    ["train", ours, "--output", again],
     ["train", config, *options, "--data.source", texts, "--output", run],
     ["evaluate", run, "--tokens", "500"], ["features", run, "--tokens", "1000"],
     ["top", run], ["verify", run],
@@ -522,12 +526,15 @@ for args in (
     shutil.copytree(scanned.folder / "texts", texts)
     (texts / "naïve.txt").write_text("café ‖ naïve → größer " * 20, encoding="utf-8")
     config.write_text("# größer ‖\nseed: 3\n", encoding="utf-8")
-    paths = [str(p) for p in (texts, tmp_path / "run", tmp_path / "out-", config)]
+    ours, again = scanned.run / "config.yaml", tmp_path / "again"
+    paths = [str(p) for p in (texts, tmp_path / "run", tmp_path / "out-", config, ours, again)]
     env = {"LC_ALL": "C", "PYTHONUTF8": "0"}
     options = ("-X", "warn_default_encoding", "-c", program)
     done = python(*options, *paths, *flags(scanned.folder), **env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "'encoding' argument" not in done.stderr  # what our own files do in silence
+    weights = [sha256(Run(run).sae() / "sae.safetensors") for run in (scanned.run, again)]
+    assert weights[0] == weights[1]
     (tmp_path / "out-parquet" / "README.md").read_text(encoding="utf-8")
     rows = (tmp_path / "out-jsonl" / "features.jsonl").read_text(encoding="utf-8")
     assert len(rows.splitlines()) == 48
