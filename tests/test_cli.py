@@ -53,10 +53,11 @@ class Place:
     def run(self) -> Path:
         return self.folder / "run"
 
-    def files(self) -> dict[Path, str]:
-        """Every file and the hash of what it holds."""
-        found = (p for p in self.folder.rglob("*") if not p.is_dir())
-        return {p: sha256(p) for p in found}
+    def files(self) -> dict[Path, tuple[int, int, int]]:
+        """Every file, and what tells that it was written: its inode, size and time."""
+        paths = (Path(top, name) for top, _, names in os.walk(self.folder) for name in names)
+        facts = ((path, path.stat()) for path in paths)
+        return {path: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in facts}
 
     def fill(self, text: str) -> str:
         return text.replace("@", str(self.folder) + "/")
