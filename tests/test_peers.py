@@ -1,0 +1,64 @@
+"""What the comparisons with other packages share: the rate chosen, the verdict, `--only`."""
+
+import importlib
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+
+@pytest.fixture
+def peers(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    return importlib.import_module("peers")
+
+
+@pytest.mark.parametrize("best", [2**-5, 0.5, 1, 16])
+def test_a_wider_search_finds_the_best_however_far_it_is(peers: Any, best: float) -> None:
+    tried: list[float] = []
+
+    def loss(factor: float) -> float:
+        tried.append(factor)
+        return abs(math.log(factor / best))
+
+    assert peers.best_factor(loss, [0.5, 1, 2], widen=True) == best
+    assert {best / 2, best, best * 2} <= {*tried}
+    assert len(tried) == len({*tried})
+
+
+def test_without_it_only_the_factors_are_tried(peers: Any) -> None:
+    assert peers.best_factor(lambda factor: -factor, [1, 4, 2]) == 4
+
+
+def test_where_nothing_trains_the_search_ends(peers: Any) -> None:
+    assert peers.best_factor(lambda _: math.inf, [1], widen=True) < peers.SLOWEST
+
+
+def test_a_side_is_every_seed_at_the_rate_chosen_with_the_first(peers: Any) -> None:
+    def train(lr: float, seed: int) -> dict[str, Any]:
+        return {"fvu": lr + seed} if lr != 1 else {"error": "diverged"}
+
+    side = peers.Side(train, 2.0, [0.5, 1, 2], [5, 6], loss=lambda row: row["fvu"])
+    assert (side.lr, side.values("fvu"), side.error) == (2, [7, 8], None)
+
+
+def test_not_worse_by_two_standard_errors_holds(peers: Any) -> None:
+    error = peers.standard_error([0.0, 2.0])
+    assert error == pytest.approx(1)
+    assert [peers.verdict(worse, error) for worse in (-3, 1.9, 2.1)] == ["HOLDS", "HOLDS", "FAILS"]
+    assert peers.standard_error([3.0]) == 0
+
+
+def test_only_names_packages_variants_or_both(peers: Any) -> None:
+    def names(*only: str) -> list[str]:
+        return [r.name for r in peers.chosen(peers.recipes(64), only, ["sae-lens", "eai-sparsify"])]
+
+    assert names("topk") == ["sae-lens topk", "eai-sparsify topk"]
+    assert names("topk", "dictionary-learning") == ["dictionary-learning top_k"]
+    assert names("eai-sparsify") == ["eai-sparsify topk"]
+    assert {name.split()[0] for name in names()} == {"sae-lens", "eai-sparsify"}
+    with pytest.raises(SystemExit, match="topp"):
+        names("topp")
