@@ -326,4 +326,4 @@ def add_arguments(parser: argparse.ArgumentParser, budget: str, default: int, ou
     add("--threads", type=int, default=1, help="of PyTorch, for all")
     add("--prefix", nargs="+", default=[], help="put before each package's command, such as nice")
     add("--scratch", type=Path, help="where activations lie meanwhile")
-    add("--out", type=Path, default=Path(out), help="results, kept and reused")
+    add("--out", type=Path, default=Path("checkpoints") / out, help="results, kept and reused")
