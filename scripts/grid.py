@@ -84,6 +84,7 @@ def _activations(inputs: Inputs, config: TrainConfig) -> tuple[list[Batch], Tens
     stream = ActivationStream(
         inputs.lm.model, points, inputs.source.train(optim.llm_batch), batch=optim.batch,
         pool=optim.pool, dtype=dtype, generator=torch.Generator().manual_seed(config.seed),
+        max_norm=optim.max_norm,
     )  # fmt: skip
     wanted = -(-config.tokens // optim.batch)
     batches = [drawn[point] for drawn in itertools.islice(stream, wanted)]
