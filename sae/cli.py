@@ -283,7 +283,7 @@ def _train(config, options: dict) -> int:
         saved = resuming.saved_state(run)
     if saved:
         resuming.check_config(saved, config)
-    plan = planning.plan(config, resuming="resume" in options)
+    plan = planning.plan(config, resuming="resume" in options, begun=saved is not None)
     if saved:
         allow = "allow_changed_environment" in options
         for change in resuming.check_environment(saved, plan, allow_changed=allow):

@@ -157,10 +157,11 @@ def _recipe(config: TrainConfig) -> str:
     return f"{sparsity.kind} {steered}{power}{' and W_skip' if config.sae.skip else ''}"
 
 
-def plan(config: TrainConfig, *, resuming: bool = False) -> Plan:
+def plan(config: TrainConfig, *, resuming: bool = False, begun: bool = False) -> Plan:
     """Load the model and the text and check that they suffice; writes nothing.
 
-    Unless `resuming`, the output may not exist yet.
+    Unless `resuming`, the output may not exist yet. `begun`: there is a checkpoint to go on with,
+    so that the weights to start from are not needed any more.
 
     Raises:
         SAEError: what is wrong, before any time is spent.
@@ -169,14 +170,17 @@ def plan(config: TrainConfig, *, resuming: bool = False) -> Plan:
     if not resuming:
         _refuse_output(output)
     _check_pool(config)
-    _check_starts(config)
+    if not begun:
+        _check_starts(config)
     device = pick_device(config.device)
     lm = open_model(config, device)
     routes = _routes(lm, config)
     widths = {point: width(lm.model, point) for route in routes for point in route.points}
     members = _members(routes, config, widths)
     for name, member in members.items():
-        _check_member(name, member, lm)
+        _check_member(name, member)
+        if config.init_from is not None and not begun:
+            _check_start(config.init_from, name, member, lm)
     _check_predicts(config, lm)
     source = open_source(config.data, lm.tokenizer, config.seed)
     _check_amount(config, source)
@@ -438,8 +442,8 @@ def _check_predicts(config: TrainConfig, lm: LanguageModel) -> None:
         )
 
 
-def _check_member(name: str, member: Member, lm: LanguageModel) -> None:
-    """The sparsity fits the width, and so do the weights to start from."""
+def _check_member(name: str, member: Member) -> None:
+    """The sparsity fits the width."""
     config, sparsity = member.config, member.config.sae.sparsity
     for key in ("k", "k_start", "target_l0"):
         if (amount := getattr(sparsity, key, None) or 0) > member.d_sae:
@@ -452,8 +456,6 @@ def _check_member(name: str, member: Member, lm: LanguageModel) -> None:
             f"sae.skip: true came, but {name} is rebuilt from itself; give inputs and targets "
             "that differ, or leave it out"
         )
-    if config.init_from is not None:
-        _check_start(config.init_from, name, member, lm)
 
 
 def _check_starts(config: TrainConfig) -> None:

@@ -813,3 +813,16 @@ def test_after_ctrl_c_the_run_is_there(
         assert f"{number.name}: stopped after " in out and f"sae train --resume {run}" in out
         assert f"sae top {run}" in out
     assert SparseAutoencoder.from_pretrained(run).d_sae == 48
+
+
+def test_a_run_that_is_begun_needs_no_weights_to_start_from(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, run = tmp_path / "start", tmp_path / "run"
+    shutil.copytree(place.run, start)
+    with monkeypatch.context() as patched:
+        patched.setattr(training.Log, "write", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        options = flags(place.folder, output=str(run))
+        assert cli.main(["train", *options, "--init-from", str(start)]) == 143
+    shutil.rmtree(start)
+    assert cli.main(["train", "--resume", str(run)]) == 0
