@@ -6,6 +6,7 @@ written last, everything reaches the disk (fsync), and one rename puts it where 
 
 import contextlib
 import errno
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -234,10 +235,15 @@ def _problem(file: Path, facts: Mapping[str, Any]) -> str | None:
 def versions() -> dict[str, str]:
     """Versions of this package, Python and the libraries that shape a result."""
     found = {"sae": __version__, "python": platform.python_version()}
-    for name in _VERSIONS_OF:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+    return found | {name: own for name in _VERSIONS_OF if (own := _installed(name))}
+
+
+@functools.cache
+def _installed(name: str) -> str | None:
+    """The version of a package, or None; looking it up takes 1 ms."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(name)
+    return None
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
