@@ -28,7 +28,7 @@ quickstart: install
 	$(RUN) scripts/quickstart.py
 
 test: install
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 exchange: install
 	$(RUN) scripts/exchange.py --peers $(PEERS)

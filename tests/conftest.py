@@ -15,18 +15,25 @@ QUIET = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",
 }
+LONG = ["browser", "resume", "cli", "exchange", "publishing", "contributing", "memory"]
+LONG += ["training", "sparsity", "terminal", "runs", "safety", "steps", "records"]
+"""Files that take longest. They begin, so that at the end no worker waits for another's file."""
 
 
 def pytest_configure() -> None:
     """Before any test module imports the libraries, which read these variables once."""
     os.environ.update(QUIET)
-    import torch
-
-    torch.set_num_threads(1)
     os.fsync = lambda fd: None  # a third of the time of many tests, and no test cuts the power
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the files of LONG first."""
+    places = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 @pytest.fixture(scope="session")
