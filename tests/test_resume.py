@@ -6,8 +6,9 @@ Every test compares SHA-256 of the final weights with a run that nobody disturbe
 
 import json
 import os
+import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -59,10 +60,26 @@ def trained(folder: Path, output: Path, changes: dict | None = None, **options: 
     return training.train(plan, **options)
 
 
-@pytest.fixture(autouse=True)
-def every_step_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def every_step_is_logged() -> Iterator[None]:
     """So that a report comes at each."""
-    monkeypatch.setattr(training, "LOG_EVERY_STEPS", 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "LOG_EVERY_STEPS", 2)
+        yield
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The run with some changes that nobody disturbed; each is trained once."""
+    made: dict[str, Path] = {}
+
+    def of(changes: dict | None = None) -> Path:
+        key = json.dumps(changes)
+        if key not in made:
+            made[key] = trained(folder, tmp_path_factory.mktemp("whole") / "run", changes)
+        return made[key]
+
+    return of
 
 
 # ------------------------------------------------------------------------------- the same bits
@@ -71,11 +88,15 @@ def every_step_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("steps", [(3,), (1, 9, 10, 29)], ids=str)
 def test_an_interrupted_run_ends_in_the_same_bits(
-    folder: Path, tmp_path: Path, kind: str, steps: tuple[int, ...]
+    folder: Path,
+    tmp_path: Path,
+    undisturbed: Callable[..., Path],
+    kind: str,
+    steps: tuple[int, ...],
 ) -> None:
     """Several interruptions in one epoch and across its edge: the text has about 1,400 tokens."""
     changes = BOTH | KINDS[kind] | {"data.repeat": "true"}
-    whole, run = trained(folder, tmp_path / "whole", changes), tmp_path / "run"
+    whole, run = undisturbed(changes), tmp_path / "run"
     resume = None
     for step in steps:
         report = interrupted(signal.SIGTERM, step * BATCH)
@@ -143,8 +164,10 @@ def test_a_stream_goes_on_where_it_was(folder: Path, tmp_path: Path) -> None:
     assert weights(run) == weights(whole)
 
 
-def test_a_stop_while_the_pool_fills_is_exact_too(folder: Path, tmp_path: Path) -> None:
-    whole, run = trained(folder, tmp_path / "whole"), tmp_path / "run"
+def test_a_stop_while_the_pool_fills_is_exact_too(
+    folder: Path, tmp_path: Path, undisturbed: Callable[..., Path]
+) -> None:
+    whole, run = undisturbed(), tmp_path / "run"
     plan = planned(folder, {"output": str(run)})
     passes = iter(range(1000))
 
@@ -160,8 +183,10 @@ def test_a_stop_while_the_pool_fills_is_exact_too(folder: Path, tmp_path: Path) 
     assert weights(run) == weights(whole)
 
 
-def test_time_runs_out_and_the_run_goes_on_later(folder: Path, tmp_path: Path) -> None:
-    whole, run = trained(folder, tmp_path / "whole"), tmp_path / "run"
+def test_time_runs_out_and_the_run_goes_on_later(
+    folder: Path, tmp_path: Path, undisturbed: Callable[..., Path]
+) -> None:
+    whole, run = undisturbed(), tmp_path / "run"
     trained(folder, run, max_seconds=1e-9)
     assert read_manifest(run) | {"tokens": 0, "ended": "max-time"} == read_manifest(run)
     trained(folder, run, resume=saved_state(run))
@@ -194,11 +219,16 @@ def test_a_streams_state_gives_the_rest_of_its_batches(folder: Path) -> None:
 # ---------------------------------------------------------------------- checkpoints on the disk
 
 
-@pytest.fixture
-def stopped(folder: Path, tmp_path: Path) -> Path:
-    """A run stopped at its 14th step, with checkpoints of the 12th and the last."""
+@pytest.fixture(scope="module")
+def stopped_once(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     report = interrupted(signal.SIGTERM, 13 * BATCH)
-    return trained(folder, tmp_path / "stopped", EVERY, report=report)
+    return trained(folder, tmp_path_factory.mktemp("stopped") / "run", EVERY, report=report)
+
+
+@pytest.fixture
+def stopped(stopped_once: Path, tmp_path: Path) -> Path:
+    """A run stopped at its 14th step, with checkpoints of the 12th and the last."""
+    return Path(shutil.copytree(stopped_once, tmp_path / "stopped"))
 
 
 def steps(run: Path) -> list[int]:
@@ -224,9 +254,8 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "name", ["stream.safetensors", "layers.1.mlp_act.safetensors", "manifest.json"]
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
-    folder: Path, tmp_path: Path, stopped: Path, name: str, damage: str
+    folder: Path, undisturbed: Callable[..., Path], stopped: Path, name: str, damage: str
 ) -> None:
-    whole = trained(folder, tmp_path / "whole")
     file = stopped / "steps" / str(13 * BATCH) / name
     DAMAGES[damage](file)
     if store.verify(file.parent):  # a byte more in a manifest may leave it valid
@@ -236,11 +265,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     else:
         saved = saved_state(stopped)
     trained(folder, stopped, EVERY, resume=saved)
-    assert weights(stopped) == weights(whole)
+    assert weights(stopped) == weights(undisturbed())
 
 
 def test_a_full_disk_names_the_bytes_and_spares_what_is_there(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    tmp_path: Path,
+    undisturbed: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = tmp_path / "run"
     trained(folder, run, EVERY, report=interrupted(signal.SIGTERM, 5 * BATCH))
@@ -252,7 +284,7 @@ def test_a_full_disk_names_the_bytes_and_spares_what_is_there(
     assert {f: sha256(f) for f in newest.rglob("*.*")}.items() <= before.items()
     monkeypatch.undo()
     trained(folder, run, EVERY, resume=saved_state(run))
-    assert weights(run) == weights(trained(folder, tmp_path / "whole"))
+    assert weights(run) == weights(undisturbed())
 
 
 def test_two_processes_do_not_write_one_run(folder: Path, tmp_path: Path, stopped: Path) -> None:
@@ -342,6 +374,8 @@ def test_a_time_that_is_none(folder: Path, text: str, capsys: pytest.CaptureFixt
 
 # ----------------------------------------------------------------------------------- numbers
 
+SHORT = {"tokens": str(20 * BATCH), "data.repeat": "true"}
+"""Ends 12 steps after batch 7; k, penalties and rates move as in a longer run."""
 BAD = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf"), "1e38": 1e38}
 
 
@@ -364,8 +398,8 @@ def clean(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
     def of(kind: str) -> list[str]:
         with pytest.MonkeyPatch.context() as patch:
             with_batches(patch, lambda n, batches: "leave out" if n == 7 else batches)
-            changes = KINDS[kind] | {"data.repeat": "true"}
-            return weights(trained(folder, tmp_path_factory.mktemp("clean") / "run", changes))
+            run = tmp_path_factory.mktemp("clean") / "run"
+            return weights(trained(folder, run, KINDS[kind] | SHORT))
 
     return of
 
@@ -392,7 +426,7 @@ def test_a_skipped_batch_is_as_if_it_had_never_come(
 
     wanted = clean(kind)
     with_batches(monkeypatch, poison)
-    run = trained(folder, tmp_path / "run", KINDS[kind] | {"data.repeat": "true"})
+    run = trained(folder, tmp_path / "run", KINDS[kind] | SHORT)
     assert weights(run) == wanted
     (skipped,) = events(run)
     assert skipped["event"] == "skipped" and skipped["tokens"] == 7 * BATCH
@@ -432,10 +466,15 @@ def finite(run: Path) -> bool:
 @pytest.mark.parametrize("after", [5, 31], ids=["in the middle", "at the last step"])
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 def test_broken_weights_send_the_run_back(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str, after: int
+    folder: Path,
+    tmp_path: Path,
+    undisturbed: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    value: str,
+    after: int,
 ) -> None:
     """To the last checkpoint; and as the harm does not come again, to the same bits."""
-    whole = trained(folder, tmp_path / "whole")
+    whole = undisturbed()
     broken_once(monkeypatch, after, BAD[value])
     run = trained(folder, tmp_path / "run", EVERY)
     assert weights(run) == weights(whole)
