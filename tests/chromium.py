@@ -55,7 +55,7 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
-def until(holds: Callable[[], bool], seconds: float = 15) -> None:
+def until(holds: Callable[[], bool], seconds: float = 60) -> None:
     """Wait until something holds; the pages' policy forbids Playwright to wait inside them."""
     end = time.monotonic() + seconds
     while not holds():
