@@ -76,6 +76,8 @@ class TextBed(Bed):
                 "optim.pool": min(settings.OptimConfig().pool, args.tokens),
                 "tokens": args.tokens,
                 "seed": self.seed,
+                # Nothing is written, but checkpoints/ may hold a run of the same settings.
+                "output": str(self.folder / "run"),
             }
             | changes,
         )

@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +63,13 @@ def test_only_names_packages_variants_or_both(peers: Any) -> None:
     assert {name.split()[0] for name in names()} == {"sae-lens", "eai-sparsify"}
     with pytest.raises(SystemExit, match="topp"):
         names("topp")
+
+
+def test_what_is_compared_does_not_meet_the_runs_in_checkpoints(
+    peers: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`sae train` of the same settings names its folder there the same."""
+    monkeypatch.setattr(sys, "argv", ["compare_saelens.py", "--venvs", "."])
+    compare = importlib.import_module("compare_saelens")
+    bed = compare.TextBed(compare.arguments(), None, tmp_path / "0", 0)
+    assert Path(bed.config().output).is_relative_to(tmp_path)
