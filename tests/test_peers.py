@@ -40,16 +40,19 @@ def test_where_nothing_trains_the_search_ends(peers: Any) -> None:
 
 def test_a_side_is_every_seed_at_the_rate_chosen_with_the_first(peers: Any) -> None:
     def train(lr: float, seed: int) -> dict[str, Any]:
-        return {"fvu": lr + seed} if lr != 1 else {"error": "diverged"}
+        return {"fvu": abs(lr - seed), "ce": None} if lr != 1 else {"error": "diverged"}
 
-    side = peers.Side(train, 2.0, [0.5, 1, 2], [5, 6], loss=lambda row: row["fvu"])
-    assert (side.lr, side.values("fvu"), side.error) == (2, [7, 8], None)
+    side = peers.Side(train, 2.0, [0.5, 1, 2], [2, 4], loss=lambda row: row["fvu"])
+    assert (side.lr, side.values("fvu"), side.error) == (2, [0, 2], None)
+    assert math.isnan(side.mean("ce"))
+    assert peers.Side(train, 2.0, [0.5], [2, 4], loss=lambda row: 0).error == "diverged"
 
 
 def test_not_worse_by_two_standard_errors_holds(peers: Any) -> None:
     error = peers.standard_error([0.0, 2.0])
     assert error == pytest.approx(1)
-    assert [peers.verdict(worse, error) for worse in (-3, 1.9, 2.1)] == ["HOLDS", "HOLDS", "FAILS"]
+    said = [peers.verdict(worse * error, error) for worse in (-3, 2, 2.1)]
+    assert said == ["HOLDS", "HOLDS", "FAILS"]
     assert peers.standard_error([3.0]) == 0
 
 
