@@ -310,12 +310,14 @@ def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def whole(budget: str) -> int:
-    """A budget rounded down to whole files."""
-    return int(budget) // SHARD * SHARD
+    """A budget rounded down to whole files; ArgumentTypeError where it is less than one."""
+    if (samples := int(budget) // SHARD * SHARD) < SHARD:
+        raise argparse.ArgumentTypeError(f"{budget} came, wanted at least {SHARD}, a file")
+    return samples
 
 
 def add_arguments(parser: argparse.ArgumentParser, budget: str, default: int, out: str) -> None:
-    """What both comparisons take; `budget` is the name of the option --tokens of one of them."""
+    """What both comparisons take; `budget` is what they call the option behind args.tokens."""
     add = parser.add_argument
     add(budget, dest="tokens", type=whole, default=default, help=f"activations, in whole {SHARD}s")
     add("--venvs", type=Path, required=True, help="folder with an environment for each package")

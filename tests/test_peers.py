@@ -1,5 +1,6 @@
 """What the comparisons with other packages share: the rate chosen, the verdict, `--only`."""
 
+import argparse
 import importlib
 import math
 import sys
@@ -66,6 +67,17 @@ def test_only_names_packages_variants_or_both(peers: Any) -> None:
     assert {name.split()[0] for name in names()} == {"sae-lens", "eai-sparsify"}
     with pytest.raises(SystemExit, match="topp"):
         names("topp")
+
+
+def test_a_budget_is_whole_files(peers: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of less than one nothing would be trained on."""
+    parser = argparse.ArgumentParser()
+    peers.add_arguments(parser, "--samples", 0, "kept.json")
+    given = ["--venvs", ".", "--samples"]
+    assert parser.parse_args([*given, "70_000"]).tokens == 2 * peers.SHARD
+    with pytest.raises(SystemExit):
+        parser.parse_args([*given, "1000"])
+    assert "--samples: 1000 came, wanted at least 32768" in capsys.readouterr().err
 
 
 def test_what_is_compared_does_not_meet_the_runs_in_checkpoints(
