@@ -31,7 +31,7 @@ from sae.synthetic import PlantedConfig, PlantedFeatures
 PLANTED = PlantedConfig(d_in=128, n_features=256, active=4, noise=0.05)
 COLUMNS = (
     "package, variant", "ours", "MMC ours", "theirs", "difference", "F1 ours", "theirs",
-    "difference", "LR ours", "theirs", "seconds",
+    "difference", "rate ours", "theirs", "seconds",
 )  # fmt: skip
 
 
@@ -84,7 +84,10 @@ def estimate(values: list[float]) -> str:
 
 
 def contrast(ours: list[float], theirs: list[float]) -> str:
-    """The difference of the means, in its standard errors too, and the verdict."""
+    """The difference of the means, in its standard errors too, and the verdict.
+
+    The errors of the two sides are added up, as if each had seeds of its own.
+    """
     difference = fmean(ours) - fmean(theirs)
     error = math.hypot(standard_error(ours), standard_error(theirs))
     if not error:

@@ -200,10 +200,8 @@ class Matched:
         """The trainings at a rate with a seed, interpolated."""
 
         def train(knob: float) -> Row:
-            def new(bed: TextBed) -> Row:
-                return bed.theirs(self.recipe, knob, lr)
-
-            return self.trainings.of(f"{self.recipe.name} {knob:g}", lr, seed, new)
+            name = f"{self.recipe.name} {knob:g}"
+            return self.trainings.of(name, lr, seed, lambda bed: bed.theirs(self.recipe, knob, lr))
 
         if (lr, seed) not in self._found:
             wanted, counts = self.ours.row(seed)["l0"], not self.recipe.coefficient
@@ -296,8 +294,9 @@ def main() -> None:
     args = arguments()
     keep_freed_memory()
     torch.set_num_threads(args.threads)
+    # sae.sparsity.kind has no p_anneal: it is ReLU-L1 with settings that planted_recipes.py gives.
     known = [recipe for recipe in peers.recipes(args.d_sae) if recipe.ours != "p_anneal"]
-    recipes = peers.chosen(known, args.only, PACKAGES)  # p_anneal has no variant of its own here
+    recipes = peers.chosen(known, args.only, PACKAGES)
     about = {name: getattr(args, name) for name in ABOUT}
     try:
         with closing(Trainings(args, about, TextBed)) as trainings:

@@ -13,7 +13,7 @@ The rules: both sides read the same activations in the same order, from files th
 a seed. Each has the learning rate that is best with the first seed among factors of its recipe's;
 then every seed is trained with it. Ours HOLDS where it is not worse by more than two standard
 errors. Every training is written to --out; those found there are not repeated, so that parts of a
-table (--only) can be made side by side. A training that fails is a line in the table too.
+table (--only) can be made side by side. A package's training that fails is a line in the table too.
 """
 
 import argparse
