@@ -1,4 +1,5 @@
-"""What the comparisons with other packages share: the rate chosen, the verdict, `--only`."""
+"""What the comparisons with other packages share: the rate chosen, the verdict, `--only`, and what
+is kept of trainings."""
 
 import argparse
 import importlib
@@ -67,6 +68,18 @@ def test_only_names_packages_variants_or_both(peers: Any) -> None:
     assert {name.split()[0] for name in names()} == {"sae-lens", "eai-sparsify"}
     with pytest.raises(SystemExit, match="topp"):
         names("topp")
+
+
+def test_what_is_kept_is_not_computed_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In a folder made for it; a file made under other settings is refused."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    kept, file = importlib.import_module("kept").Kept, tmp_path / "new" / "kept.json"
+    assert kept(file, {"tokens": 1}).of("a", lambda: {"fvu": 0.5}) == {"fvu": 0.5}
+    assert kept(file, {"tokens": 1}).of("a", lambda: pytest.fail("again")) == {"fvu": 0.5}
+    with pytest.raises(SystemExit, match="other settings"):
+        kept(file, {"tokens": 2})
 
 
 def test_a_budget_is_whole_files(peers: Any, capsys: pytest.CaptureFixture[str]) -> None:
