@@ -12,14 +12,19 @@ from sae.store import write_atomic
 class Kept:
     """Results by key in a JSON file; those found there are not computed again.
 
-    `about` are the settings all of them share: a file made under others is refused.
+    `about` are the settings all of them share: a file made under others is refused, and so is one
+    that is none of ours.
     """
 
     def __init__(self, path: Path, about: dict[str, Any]):
-        path.parent.mkdir(parents=True, exist_ok=True)  # now, not after the first computation
         self.path = path
-        empty = {"about": about, "results": {}}
-        self._data = json.loads(path.read_text()) if path.exists() else empty
+        self._data = {"about": about, "results": {}}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)  # now, not after the first computation
+            if path.exists():
+                self._data = {key: json.loads(path.read_text())[key] for key in self._data}
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            sys.exit(f"{path} holds no results of a script, {error!r}; name another file")
         if self._data["about"] != about:
             sys.exit(f"{path} holds other settings, {self._data['about']}; name another file")
 

@@ -119,6 +119,8 @@ class Peers:
 
     def _begin(self, package: str) -> subprocess.Popen[str]:
         python = self.args.venvs / package / "bin" / "python"
+        if not python.exists():
+            sys.exit(f"error: --venvs {self.args.venvs}: no {python}; peers.py says how to make it")
         command = [*self.args.prefix, str(python), str(Path(__file__).with_name("peer_worker.py"))]
         pipe = subprocess.PIPE
         worker = subprocess.Popen(

@@ -44,6 +44,11 @@ class Study:
     changes: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Settings that differ from the variants' recipes."""
 
+    def key(self, name: str, variant: str, seed: int) -> str:
+        """What a result is kept under: not that of the study with other samples or changes."""
+        changes = "".join(f" {setting}={value}" for setting, value in self.changes.items())
+        return f"{name} {variant} samples={self.samples}{changes} seed={seed}"
+
 
 ALL = tuple(RECIPES)
 FAST = ("topk",)
@@ -172,7 +177,7 @@ def main() -> None:
         for seed in args.seeds:
             bed = Bed(study, seed)
             for variant in (v for v in study.variants if v in args.variants):
-                key = f"{name} {variant} seed={seed}"
+                key = study.key(name, variant, seed)
                 row = kept.of(key, lambda bed=bed, variant=variant: bed.result(variant))
                 results.setdefault(variant, []).append(row)
         print("\n".join(table(study, results)), flush=True)

@@ -2,6 +2,7 @@
 is kept of trainings."""
 
 import argparse
+import dataclasses
 import importlib
 import math
 import sys
@@ -101,3 +102,30 @@ def test_what_is_compared_does_not_meet_the_runs_in_checkpoints(
     compare = importlib.import_module("compare_saelens")
     bed = compare.TextBed(compare.arguments(), None, tmp_path / "0", 0)
     assert Path(bed.config().output).is_relative_to(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"about": {}}', None])
+def test_a_file_of_no_results_is_refused_and_stays(
+    peers: Any, tmp_path: Path, text: str | None
+) -> None:
+    out = tmp_path / "out.json"
+    if text is None:
+        out.mkdir()
+    else:
+        out.write_text(text)
+    with pytest.raises(SystemExit, match=r"out\.json holds no results .*; name another file"):
+        peers.Kept(out, {})
+    assert text is None or out.read_text() == text
+
+
+def test_a_study_of_other_settings_does_not_reuse_results(peers: Any) -> None:
+    study = importlib.import_module("recover_planted").STUDIES["large"]
+    changed = dataclasses.replace(study, changes=study.changes | {"optim.lr": 0.01})
+    fewer = dataclasses.replace(study, samples=study.samples // 2)
+    assert len({each.key("large", "topk", 0) for each in (study, changed, fewer)}) == 3
+
+
+def test_a_package_without_an_environment_is_named(peers: Any, tmp_path: Path) -> None:
+    workers = peers.Peers(argparse.Namespace(venvs=tmp_path / "none", prefix=[]))
+    with pytest.raises(SystemExit, match=r"--venvs .*none: no .*sae-lens/bin/python"):
+        workers.ask("sae-lens", {})
