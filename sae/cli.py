@@ -252,14 +252,14 @@ def _chosen_config(options: dict, settings: dict):
     path = Path(options["config"]) if "config" in options else None
     resume = options.get("resume")
     if resume is None or resume == "auto":
-        return config.resolve(path, settings)
+        return config.resolve(path, settings, begun=resume == "auto")
     run = Run(resume)
     output = Path(settings.setdefault("output", str(run.path)))
     if output.absolute() != run.path.absolute():
         raise ConfigError(
             f"--output {output}: --resume {resume} goes on in {run.path}; leave it out"
         )
-    return config.resolve(path or run.config_path, settings)
+    return config.resolve(path or run.config_path, settings, begun=True)
 
 
 def _train(config, options: dict) -> int:
@@ -268,6 +268,7 @@ def _train(config, options: dict) -> int:
     keep_freed_memory()
     _quiet_libraries()
     from sae import checkpoint, planning, resuming, training
+    from sae.config import refuse_idle_ramps
     from sae.progress import TrainingProgress
 
     run, saved = planning.output_of(config), None
@@ -278,6 +279,7 @@ def _train(config, options: dict) -> int:
             print(f"{run} is complete; nothing to do")
             return 0
         if (saved := checkpoint.newest(run)) is None:
+            refuse_idle_ramps(config)
             print(f"nothing to resume in {run}: this is a new run")
     elif "resume" in options:
         saved = resuming.saved_state(run)

@@ -757,11 +757,13 @@ def load(path: str | Path) -> TrainConfig:
     return _validate(_tidy(_read(Path(path)), TrainConfig), [])
 
 
-def resolve(path: str | Path | None, overrides: Mapping[str, object]) -> TrainConfig:
+def resolve(
+    path: str | Path | None, overrides: Mapping[str, object], *, begun: bool = False
+) -> TrainConfig:
     """The config of a YAML file (or the defaults) under `overrides`, dotted keys as typed.
 
     An override of `sae.sparsity.kind` drops the settings of the file's own kind. What is given
-    must have an effect, which `load` does not ask of a run that is trained already.
+    must have an effect, which is not asked of a run that was `begun` already, as by `load`.
     Raises ConfigError naming every mistake of both.
     """
     data = _tidy({} if path is None else _read(Path(path)), TrainConfig)
@@ -775,11 +777,12 @@ def resolve(path: str | Path | None, overrides: Mapping[str, object]) -> TrainCo
         if not _put(data, key, _typed(value, leaves[key]) if known else value) and not known:
             lines.append(f"{key}: unknown setting; nothing goes below {key.rpartition('.')[0]}")
     config = _validate(data, lines)
-    _refuse_idle_ramps(config)
+    if not begun:
+        refuse_idle_ramps(config)
     return config
 
 
-def _refuse_idle_ramps(config: TrainConfig) -> None:
+def refuse_idle_ramps(config: TrainConfig) -> None:
     """ConfigError for a ramp that is given and moves nothing in any SAE of the run."""
     sparsities = [point.config.sae.sparsity for point in points(config)]
     for ramp, mover in RAMPS.items():

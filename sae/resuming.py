@@ -52,7 +52,7 @@ def check_config(saved: Checkpoint, chosen: TrainConfig) -> None:
 
     And where this version does not know the settings that it was started with.
     """
-    started_with = config.resolve(None, saved.facts["config"])
+    started_with = config.resolve(None, saved.facts["config"], begun=True)
     if lines := list(_differences(started_with, chosen)):
         raise ConfigError("\n".join(lines))
 

@@ -344,6 +344,26 @@ def test_auto_resumes_begins_or_finds_it_done(
     assert weights(stopped) == weights(tmp_path / "fresh")
 
 
+def test_a_run_begun_with_a_ramp_that_moves_nothing_goes_on(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An earlier version began it; a new run is refused, by --resume auto too."""
+    run, ramp = tmp_path / "run", {"sae.sparsity.k_ramp": ["0", "0.5"]}
+    with monkeypatch.context() as earlier:
+        earlier.setattr("sae.config.refuse_idle_ramps", lambda config: None)
+        trained(folder, run, ramp, report=interrupted(signal.SIGTERM, 5 * BATCH))
+    flags = [f"--{key}={value}" for key, value in overrides(folder).items()]
+    auto = [*flags, "--sae.sparsity.k_ramp", "0", "0.5", "--resume", "auto", "--output"]
+    code, err = said(capsys, *auto, str(tmp_path / "new"))
+    assert code == 2 and "k_start (null) moves nothing" in err
+    assert not (tmp_path / "new").exists()
+    for again in (["--resume", str(run)], [*auto, str(run)]):
+        assert said(capsys, *again, "--dry-run") == (0, "")
+
+
 @pytest.mark.parametrize("auto", [False, True])
 def test_other_settings_of_a_complete_run_are_named(
     folder: Path, tmp_path: Path, auto: bool, capsys: pytest.CaptureFixture[str]
