@@ -371,7 +371,7 @@ def _empty(
     return SparseAutoencoder(
         reads.width,
         config.sae.width(reads.width),
-        sparsity_of(config),
+        sparsity_of(config, reads.width),
         to.width,
         config.sae.subtract_b_dec and writes is None,
         skip=config.sae.skip and writes is not None,

@@ -17,7 +17,7 @@ import torch
 from sae import checkpoint, language_model, steps
 from sae.activations import read
 from sae.autoencoder import SparseAutoencoder, locate, locate_all, read_config
-from sae.config import TrainConfig, points, run_name
+from sae.config import TYPICAL_L0, TrainConfig, points, run_name
 from sae.data import TokenBatch, TokenSource, open_source
 from sae.errors import ConfigError, DataError, RunError, SAEError
 from sae.hooks import Hookpoint, resolve, width
@@ -31,8 +31,6 @@ ADAM_COPIES = 4
 """Weights, gradients and Adam's two moments."""
 SOURCE_BYTES = 16
 """Document and position of a token in the pool."""
-TYPICAL_L0 = 32
-"""Active features a token assumed where a step is timed: the step of a trained SAE."""
 TIMED_STEPS = 3
 PREDICTIONS = 4
 """Plain and spliced ones, the logits these are made of, and their gradient."""
@@ -93,7 +91,7 @@ class Plan(Inputs):
         for name, member in self.members.items():
             to = f" → {member.d_out}" if member.route.is_map else ""
             size = f"{member.d_in} → {member.d_sae:,} features{to}"
-            yield "SAE", f"{name}: {size}, {_recipe(member.config)}"
+            yield "SAE", f"{name}: {size}, {_recipe(member)}"
         have = "unknown (a stream)" if available is None else f"{available:,}"
         yield "tokens", f"{config.tokens:,} needed, {have} in one pass of the training text"
         if available is not None and config.tokens > available:
@@ -148,8 +146,9 @@ class Plan(Inputs):
         return seconds / rows.tokens.numel()
 
 
-def _recipe(config: TrainConfig) -> str:
-    sparsity, target = sparsity_of(config), config.sae.sparsity.wanted_l0()
+def _recipe(member: Member) -> str:
+    config, target = member.config, member.config.sae.sparsity.wanted_l0()
+    sparsity = sparsity_of(config, member.d_in)
     amount = f"{sparsity.l0_knob} {sparsity.config()[sparsity.l0_knob]:g}"
     steered = f"L0 {target:g} by steering {sparsity.l0_knob}" if target else amount
     p = config.sae.sparsity.at(1.0).p
@@ -283,8 +282,8 @@ def estimate(plan: Plan) -> list[tuple[str, str]]:
 def _step_seconds(plan: Plan, name: str) -> float:
     """Time of one training step of an SAE as sparse as a trained one."""
     member = plan.members[name]
-    config, route = member.config, member.route
-    shape = member.d_in, member.d_sae, sparsity_of(config), member.d_out, not route.is_map
+    config, route, sparsity = member.config, member.route, sparsity_of(member.config, member.d_in)
+    shape = member.d_in, member.d_sae, sparsity, member.d_out, not route.is_map
     sae = SparseAutoencoder(*shape, skip=config.sae.skip, device=plan.device)
     x = torch.randn(config.optim.batch, member.d_in, device=plan.device)
     y = torch.randn(config.optim.batch, member.d_out, device=plan.device) if route.is_map else x
@@ -310,10 +309,10 @@ def _step_seconds(plan: Plan, name: str) -> float:
     return _seconds(plan.device, TIMED_STEPS, step)
 
 
-def sparsity_of(config: TrainConfig) -> Sparsity:
-    """The sparsity that a config asks for."""
-    chosen = config.sae.sparsity
-    return make_sparsity(chosen.kind, **chosen.model_dump(include=set(settings_of(chosen.kind))))
+def sparsity_of(config: TrainConfig, d_in: int) -> Sparsity:
+    """The sparsity that a config asks for, of activations of this width."""
+    chosen, given = config.sae.sparsity, config.sae.sparsity.arguments(d_in)
+    return make_sparsity(chosen.kind, **{name: given[name] for name in settings_of(chosen.kind)})
 
 
 def _seconds(device: torch.device, times: int, work: Callable[[], object]) -> float:

@@ -124,7 +124,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     base = {} if args.config else BUNDLED
-    sparsity = sparsity_of(resolve(args.config, base))
+    sparsity = sparsity_of(resolve(args.config, base), d_in=1)  # for its kind and knob
     knob = f"sae.sparsity.{sparsity.l0_knob}"
     amounts = [int(a) if sparsity.l0_knob == "k" else a for a in args.amounts]
     axes = {"seed": args.seeds, "tokens": [args.tokens], "sae.d_sae": args.widths, knob: amounts}

@@ -10,6 +10,7 @@ from tiny import BATCH, CONTEXT, MAPS, RELU, TOKENS, planned, save
 from sae import planning
 from sae.activations import read
 from sae.autoencoder import SparseAutoencoder
+from sae.config import resolve
 from sae.errors import ConfigError, DataError, HookpointError, RunError, SAEError
 from sae.sparsity import ReluL1, TopK
 from sae.store import write_manifest
@@ -265,3 +266,17 @@ def test_devices_and_types() -> None:
     assert planning.pick_dtype("float32", cpu) == torch.float32
     assert planning.pick_dtype("bfloat16", cpu) == torch.bfloat16
     assert planning.pick_dtype("auto", cpu) in (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("given", "d_in", "wanted"),
+    [({}, 512, 0.4), ({"target_l0": 8}, 512, 0.8), ({"target_l0": 8, "bandwidth": 0.3}, 512, 0.3)],
+)
+def test_a_kernel_is_a_tenth_as_wide_as_activations_are_large(
+    given: dict[str, float], d_in: int, wanted: float
+) -> None:
+    """Where L0 of them, all alike and at right angles, make up a token of norm √d_in."""
+    chosen = {"kind": "jumprelu"} | given
+    config = resolve(None, {f"sae.sparsity.{name}": value for name, value in chosen.items()})
+    sparsity = planning.sparsity_of(config, d_in)
+    assert sparsity.config()["bandwidth"] == pytest.approx(wanted)
