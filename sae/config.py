@@ -647,6 +647,7 @@ def points(config: TrainConfig) -> list[Point]:
         settings = dict(zip(names, combination, strict=True))
         try:
             own = _with(config, settings)
+            _check_width(own, settings)
         except ConfigError as error:
             mistakes |= dict.fromkeys(f"grid.{line}" for line in str(error).splitlines())
         else:  # as they were understood: 1 and 1.0 are one number, and one name
@@ -658,6 +659,14 @@ def points(config: TrainConfig) -> list[Point]:
     if mistakes:
         raise ConfigError("\n".join(_three_each(mistakes)))
     return found
+
+
+def _check_width(config: TrainConfig, settings: Mapping[str, Any]) -> None:
+    """ConfigError where a factor of the grid is overridden, so that its SAEs are equally wide."""
+    if "sae.expansion_factor" in settings and config.sae.d_sae is not None:
+        raise ConfigError(
+            f"sae.expansion_factor: sae.d_sae ({config.sae.d_sae}) overrides it; leave either out"
+        )
 
 
 def _three_each(mistakes: Iterable[str]) -> Iterator[str]:

@@ -210,6 +210,10 @@ MISTAKES = [
         "grid: {sae.d_sae: [64], sae: {d_sae: [128]}}",
         'grid: "sae.d_sae" is given twice, as a.b and below a; keep one',
     ),
+    (
+        "{sae: {d_sae: 64}, grid: {sae.expansion_factor: [2, 4]}}",
+        "grid.sae.expansion_factor: sae.d_sae (64) overrides it; leave either out",
+    ),
     ("grid: {seed: []}", "grid.seed: [] came, wanted at least one value"),
     ("grid: {seed: [1, x]}", 'grid.seed: "x" came, wanted a whole number from 0 to 4294967295'),
     (
@@ -523,10 +527,10 @@ def test_a_grid_is_every_combination_of_its_values():
 
 
 def test_a_whole_number_has_one_name_and_an_override_takes_the_place_of_the_file(write):
-    text = "grid: {sae: {expansion_factor: 4}, sae.d_sae: [64, 128], seed: [1]}"
+    text = "grid: {sae: {sparsity: {l1: 4}}, sae.d_sae: [64, 128], seed: [1]}"
     config = resolve(write(text), {"grid.sae.d_sae": ["1e2"], "grid.optim.lr": ["2.0"]})
     (point,) = points(config)
-    assert point.suffix == "-expansion_factor=4-d_sae=100-seed=1-lr=2"
+    assert point.suffix == "-l1=4-d_sae=100-seed=1-lr=2"
     assert point.settings["sae.d_sae"] == 100 and point.config.sae.d_sae == 100
     assert not resolve(write("grid: # none"), {}).grid
 
