@@ -211,11 +211,11 @@ def _members(
     routes: list[Route], config: TrainConfig, widths: dict[Hookpoint, int]
 ) -> dict[str, Member]:
     """Each point of the grid at each place; ConfigError where a name is too long for a folder."""
-    found = {}
+    found, grid = {}, points(config)
     for route in routes:
         sides = (route.inputs, route.targets)
         d_in, d_out = (sum(widths[point] for point in side) for side in sides)
-        for point in points(config):
+        for point in grid:
             own = Member(route, point.config, point.settings, d_in, d_out)
             found[f"{route}{point.suffix}"] = own
     if config.grid and len(longest := max(map(folder_name, found), key=len)) > LONGEST_NAME:
